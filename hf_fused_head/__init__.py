@@ -1,0 +1,71 @@
+"""The LM head's loss without logits: one line, `apply_patch(model)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from hf_fused_head.version import __version__
+
+if TYPE_CHECKING:
+    from hf_fused_head.functional import (
+        LossStats,
+        linear_cross_entropy,
+        linear_cross_entropy_with_stats,
+    )
+    from hf_fused_head.nn import LinearCrossEntropyLoss
+    from hf_fused_head.patches import (
+        UnsupportedModelError,
+        apply_patch,
+        last_stats,
+        patch_report,
+        patched,
+        remove_patch,
+        supported_models,
+    )
+    from hf_fused_head.trainer import FusedHeadTrainer
+
+# Imported at first use: transformers when a name needs it, and torch too, so that
+# `hf-fused-head --help` answers at once.
+_LAZY = {
+    "FusedHeadTrainer": "hf_fused_head.trainer",
+    "LinearCrossEntropyLoss": "hf_fused_head.nn",
+    "LossStats": "hf_fused_head.functional",
+    "UnsupportedModelError": "hf_fused_head.patches",
+    "apply_patch": "hf_fused_head.patches",
+    "last_stats": "hf_fused_head.patches",
+    "linear_cross_entropy": "hf_fused_head.functional",
+    "linear_cross_entropy_with_stats": "hf_fused_head.functional",
+    "patch_report": "hf_fused_head.patches",
+    "patched": "hf_fused_head.patches",
+    "remove_patch": "hf_fused_head.patches",
+    "supported_models": "hf_fused_head.patches",
+}
+
+__all__ = [
+    "FusedHeadTrainer",
+    "LinearCrossEntropyLoss",
+    "LossStats",
+    "UnsupportedModelError",
+    "__version__",
+    "apply_patch",
+    "last_stats",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "patch_report",
+    "patched",
+    "remove_patch",
+    "supported_models",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

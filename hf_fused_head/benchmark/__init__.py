@@ -1,0 +1,1 @@
+"""Data and functions behind `hf-fused-head bench`: workloads, contenders, meters, reports."""

@@ -1,0 +1,83 @@
+"""Clocks and memory meters, one step at a time."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_ms(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that one step takes: CUDA events on a GPU, the wall clock on a CPU."""
+    synchronize(device)
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        step()
+        return (time.perf_counter() - begin) * 1e3
+    with torch.cuda.device(device):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_of(step: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """The result of a step, and the most bytes it held at once beyond what existed before.
+
+    Both meters count what torch's allocator hands out, so outputs and gradients are included and
+    inputs are not. On a CPU the allocator reports every allocation to the profiler, temporaries
+    inside of operators too, which a `TorchDispatchMode` cannot see; the resident size of the
+    process would add what the allocator keeps for later.
+    """
+    synchronize(device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = step()
+        synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        result = step()
+    # The stubs of torch 2.13 do not know these members of the profiler's result.
+    events: Any = profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        held += nbytes
+        peak = max(peak, held)
+    return result, peak
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills what `torch.empty` returns with NaN, so that nothing passes that was never written."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Not in the stubs of torch 2.13.
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        # Peers and cuBLAS warn about operations that have no deterministic version.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        memory.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

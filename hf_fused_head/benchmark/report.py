@@ -1,0 +1,199 @@
+"""What people read: the table, the JSON file, and the README's table made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from hf_fused_head.benchmark.suite import Record
+
+_MIB = 2**20
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a document; what is not a finite number becomes null, as JSON has no name for it."""
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table for a terminal whose cells are taken literally."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def document(header: dict, records: Iterable[Record]) -> dict:
+    """The content of the JSON file."""
+    return {"header": header, "results": [asdict(record) for record in records]}
+
+
+def load(path: Path) -> dict:
+    """A document from a JSON file.
+
+    Raises:
+        ValueError: If the file is not one that `bench --json` wrote.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"`--from-json` must be a file of `bench --json`, got {path}: {error}"
+        ) from error
+    if not isinstance(content, dict) or not {"header", "results"} <= content.keys():
+        raise ValueError(
+            f"`--from-json` must be a file of `bench --json`, got {path}: no header or no results"
+        )
+    return content
+
+
+def cases_of(content: dict) -> dict[str, list[dict]]:
+    """Results grouped by case, in the order of the file; the key is the case's title."""
+    groups: dict[str, list[dict]] = {}
+    for row in content["results"]:
+        ignored = f", {row['ignored']:.0%} ignored" if row["ignored"] else ""
+        shape = f"{row['num_tokens']}x{row['hidden_size']}x{row['vocab_size']}"
+        title = f"{row['workload']} {shape} {row['dtype']}, {row['mode']}{ignored}"
+        groups.setdefault(title, []).append(row)
+    return groups
+
+
+def header_lines(header: dict) -> list[str]:
+    """The header in words: device, versions, commit, protocol."""
+    device = header["device"]
+    memory = device.get("memory_bytes")
+    size = f", {memory / 2**30:.0f} GiB" if memory else ""
+    installed = [f"{name} {version}" for name, version in header["versions"].items() if version]
+    protocol = header["protocol"]
+    return [
+        f"{device['name']}{size}; {header['cpu_threads']} CPU threads; {header['date']}",
+        ", ".join(installed) + (f"; commit {header['commit'][:12]}" if header["commit"] else ""),
+        f"{protocol['repeats']} repeats after {protocol['warmup']} warm-up, {protocol['order']}; "
+        f"{protocol['clock']}; time: {protocol['time']}; memory: {protocol['memory']}; "
+        f"errors: {protocol['errors']}; data: {protocol['data']}",
+    ]
+
+
+_COLUMNS = (
+    "contender",
+    "schedule",
+    "ms",
+    "min-max ms",
+    "x floor",
+    "peak MiB",
+    "loss error",
+    "dX error",
+    "dW error",
+    "check",
+)
+
+
+def cells(row: dict) -> list[str]:
+    """One line of a case's table; a contender that did not run says why in the last cell."""
+    if row["status"] != "ok":
+        brief = row["status"] in ("not installed", "out of memory")
+        verdict = row["status"] if brief else f"{row['status']}: {row['reason']}"
+        return [row["contender"], *[""] * (len(_COLUMNS) - 2), verdict]
+    impl = f"{row['impl']}: {row['schedule']}" if row["impl"] else ""
+    failed = (row["check"] or "passed") != "passed"
+    return [
+        row["contender"],
+        impl,
+        number(row["time_ms"], ".2f"),
+        f"{row['min_ms']:.2f}-{row['max_ms']:.2f}",
+        number(row["floor_ratio"], ".2f"),
+        mebibytes(row["peak_bytes"]),
+        number(row["loss_error"], ".1e"),
+        number(row["dhidden_error"], ".1e"),
+        number(row["dweight_error"], ".1e"),
+        "error > 2x stock" if failed else row["check"] or "",
+    ]
+
+
+def tables(content: dict) -> list[Table]:
+    """One table a case, for a terminal."""
+    made = []
+    for title, rows in cases_of(content).items():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column in _COLUMNS:
+            words = column in ("contender", "schedule", "check")
+            table.add_column(column, justify="left" if words else "right", no_wrap=not words)
+        for row in rows:
+            ours = row["contender"].startswith("ours")
+            bad = row["status"] == "ok" and (row["check"] or "passed") != "passed"
+            table.add_row(*map(escape, cells(row)), style="red" if bad else "bold" if ours else "")
+        made.append(table)
+    return made
+
+
+def markdown(content: dict) -> str:
+    """The header and one Markdown table a case."""
+    lines = [f"{line}  " for line in header_lines(content["header"])]
+    for title, rows in cases_of(content).items():
+        lines += ["", f"**{title}**", "", _line(_COLUMNS)]
+        lines.append("|---|---|" + "---:|" * 7 + "---|")
+        lines += [_line(cells(row)) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def matrix(content: dict) -> str:
+    """One Markdown table a mode: a line a workload, a column a contender, `ms / peak MiB`."""
+    names = list(dict.fromkeys(row["contender"] for row in content["results"]))
+    modes: dict[str, dict[str, dict[str, dict]]] = {}
+    for title, rows in cases_of(content).items():
+        mode = title.rpartition(f" {rows[0]['dtype']}, ")[2]
+        case = f"{title[: -len(mode) - 2]}"
+        modes.setdefault(mode, {})[case] = {row["contender"]: row for row in rows}
+    lines = [f"{line}  " for line in header_lines(content["header"])]
+    for mode, by_case in modes.items():
+        lines += ["", f"**{mode}**, ms / peak MiB", "", _line(["workload", *names])]
+        lines.append("|---|" + "---:|" * len(names))
+        for case, by_name in by_case.items():
+            lines.append(
+                _line([case, *(_matrix_cell(by_name.get(name), by_name) for name in names)])
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _matrix_cell(row: dict | None, by_name: dict[str, dict]) -> str:
+    if row is None or row["status"] != "ok":
+        return "-" if row is None else row["status"]
+    times = [
+        other["time_ms"]
+        for other in by_name.values()
+        if other["time_ms"] and other["contender"] != "floor"
+    ]
+    time = number(row["time_ms"], ".1f")
+    if row["contender"] != "floor" and row["time_ms"] == min(times):
+        time = f"**{time}**"
+    return f"{time} / {mebibytes(row['peak_bytes'])}" if row["peak_bytes"] is not None else time
+
+
+def _line(parts: Iterable[str]) -> str:
+    return "| " + " | ".join(part.replace("|", "/") for part in parts) + " |"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in a format, "" for None."""
+    return "" if value is None else format(value, form)
+
+
+def mebibytes(nbytes: int | None) -> str:
+    """Bytes in MiB, with digits where there are few; "" for None."""
+    if nbytes is None:
+        return ""
+    return f"{nbytes / _MIB:.0f}" if nbytes >= 10 * _MIB else f"{nbytes / _MIB:.2f}"

@@ -1,0 +1,458 @@
+"""The public functions: validation, autocast, denominators and reduction around an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_fused_head import ops
+from hf_fused_head.autograd import FinishedLoss, RowLosses
+from hf_fused_head.options import (
+    FLOAT_DTYPES,
+    Choice,
+    Impl,
+    LossOptions,
+    Reduction,
+    accumulation_dtype,
+    resolve_impl,
+)
+from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+
+STAT_NAMES = ("accuracy", "entropy")
+
+
+class LossStats(NamedTuple):
+    """A loss and what came with it; only `loss` is differentiable.
+
+    Attributes:
+        loss: Scalar, or [...] with `reduction="none"`.
+        nll: [...], minus the log-probability of the target; 0 where ignored.
+        lse: [...], log-sum-exp of the logits; 0 where ignored.
+        entropy: [...], entropy of the prediction in nats; None when not asked for.
+        correct: [...], whether the target has the largest logit; None when not asked for.
+        num_valid: 0-d int64, the number of tokens that count.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+    num_valid: Tensor
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
+    impl: Impl = "auto",
+    memory_budget_mib: float | None = None,
+) -> Tensor:
+    """Cross-entropy of `input @ linear_weight.T` against `target`, without storing the logits.
+
+    Equal, up to rounding, to::
+
+        logits = logit_scale * F.linear(input, linear_weight, linear_bias).float()
+        logits = softcap * tanh(logits / softcap)                     # unless softcap is None
+        loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, ...)
+        loss = loss + z_loss * logsumexp(logits)**2                   # reduced like the loss
+
+    Peak extra memory is `memory_budget_mib` plus O(tokens); products accumulate in float32.
+
+    Args:
+        input: Final hidden states, [..., hidden], float16, bfloat16, float32 or float64.
+        linear_weight: Head matrix, [vocab, hidden], dtype and device of `input`.
+        target: Class ids, [...], int64, already shifted; `ignore_index` marks tokens without loss.
+        linear_bias: Bias of the head, [vocab].
+        weight: Weight of each class in the cross-entropy, [vocab]; not differentiable.
+        reduction: "mean", "sum", or "none" for one loss per token.
+        ignore_index: The label of tokens without loss.
+        label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
+        logit_scale: Factor on the logits.
+        softcap: Cap of the logits by `tanh`; None for none.
+        z_loss: Factor on the squared log-sum-exp of each valid token; class weights do not touch it.
+        num_items: With "mean", what the sum is divided by instead of the valid count.
+        impl: "auto", "triton", "torch" or "reference".
+        memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
+
+    Returns:
+        Scalar float32; [...] float32 with `reduction="none"` (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If shapes disagree, an option is out of range or a label is no class.
+        TypeError: If dtypes are wrong.
+        NotImplementedError: If the named `impl` does not support the inputs.
+
+    References:
+        Dong and Chang, "From Projection to Prediction", arXiv:2511.17599.
+    """
+    options = LossOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    return operand_cross_entropy(
+        [(input, linear_weight)],
+        target,
+        options,
+        linear_bias=linear_bias,
+        weight=weight,
+        num_items=num_items,
+        impl=impl,
+        memory_budget_mib=memory_budget_mib,
+    ).loss
+
+
+def linear_cross_entropy_with_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
+    impl: Impl = "auto",
+    memory_budget_mib: float | None = None,
+) -> LossStats:
+    """`linear_cross_entropy` together with statistics of every token.
+
+    Takes the arguments of `linear_cross_entropy` and returns its result as `.loss`, beside the
+    loss, log-sum-exp, entropy and correctness of each token and the number of tokens that count.
+    """
+    options = LossOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    return operand_cross_entropy(
+        [(input, linear_weight)],
+        target,
+        options,
+        linear_bias=linear_bias,
+        weight=weight,
+        num_items=num_items,
+        impl=impl,
+        memory_budget_mib=memory_budget_mib,
+        stats=STAT_NAMES,
+    )
+
+
+def operand_cross_entropy(
+    operands: Sequence[tuple[Tensor, Tensor]],
+    target: Tensor,
+    options: LossOptions,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+    memory_budget_mib: float | None = None,
+    stats: tuple[str, ...] = (),
+) -> LossStats:
+    """The loss of a head whose logits are a sum of products, as a LoRA head's are.
+
+    Args:
+        operands: Pairs `(X_i [..., H_i], W_i [V, H_i])`; logits are the sum of `X_i @ W_i.T`.
+        target: Class ids, [...], int64.
+        options: What the loss is.
+        linear_bias: [V].
+        weight: Class weights, [V].
+        num_items: With reduction "mean", what the sum is divided by.
+        impl: Name of the engine, or "auto".
+        memory_budget_mib: Largest workspace beyond inputs, outputs and gradients.
+        stats: Which of "accuracy" (the field `correct`) and "entropy" to fill.
+    """
+    pairs, bias = _autocast(list(operands), linear_bias)
+    _check(pairs, target, bias, weight, options, num_items, memory_budget_mib, stats)
+    inputs = [hidden.reshape(-1, hidden.shape[-1]) for hidden, _ in pairs]
+    weights = [matrix for _, matrix in pairs]
+    dtype = accumulation_dtype(inputs[0].dtype)
+    class_weight = None if weight is None else weight.detach().to(dtype)
+    call = _Call(inputs, weights, bias, class_weight, target, options, impl, memory_budget_mib)
+    valid = target.reshape(-1) != options.ignore_index
+    num_valid = valid.sum()
+    ce_weight = _target_weight(class_weight, target.reshape(-1), valid, dtype)
+    ce_items, z_items = _denominators(options, num_items, num_valid, class_weight, ce_weight)
+    loss, rows = call.run(ce_weight, ce_items, z_items, "entropy" in stats, "accuracy" in stats)
+    nll, lse, _, entropy, correct = (value.detach() for value in rows)
+    return LossStats(
+        loss=loss,
+        nll=nll.reshape(target.shape),
+        lse=lse.reshape(target.shape),
+        entropy=entropy.reshape(target.shape) if "entropy" in stats else None,
+        correct=correct.reshape(target.shape) if "accuracy" in stats else None,
+        num_valid=num_valid,
+    )
+
+
+def explain(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
+    """What `impl` means for such tensors, and why."""
+    return resolve_impl(impl, device, dtype)
+
+
+class _Call(NamedTuple):
+    """One loss on its way to an engine: flattened, checked, in one dtype."""
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    bias: Tensor | None
+    class_weight: Tensor | None
+    target: Tensor
+    options: LossOptions
+    impl: str
+    memory_budget_mib: float | None
+
+    def run(
+        self,
+        ce_weight: Tensor,
+        ce_items: int | Tensor,
+        z_items: int | Tensor,
+        want_entropy: bool,
+        want_correct: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and the rows of statistics, [N] each."""
+        parameters = [*self.inputs, *self.weights]
+        if self.bias is not None:
+            parameters.append(self.bias)
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        smooth = self.options.label_smoothing > 0
+        wanted = (smooth, want_entropy, want_correct)
+        if not needs_grad:
+            rows = ops.row_stats(*self._head(detached=True), *self._config(), *wanted)
+            return self._reduce(rows, ce_weight, ce_items, z_items), rows
+        if self.options.reduction == "none":
+            rows = RowLosses.apply(
+                len(self.inputs),
+                self._config(),
+                wanted,
+                self.target,
+                self.class_weight,
+                *parameters,
+            )
+            return self._reduce(rows, ce_weight, ce_items, z_items), rows
+        *rows, grads = ops.stats_and_grads(
+            *self._head(detached=True),
+            *self._config(),
+            *self._row_weights(ce_weight, ce_items, z_items),
+            [hidden.requires_grad for hidden in self.inputs],
+            [weight.requires_grad for weight in self.weights],
+            self.bias is not None and self.bias.requires_grad,
+            want_entropy,
+            want_correct,
+        )
+        loss = self._reduce(rows, ce_weight, ce_items, z_items)
+        loss = FinishedLoss.apply(loss, len(parameters), *parameters, *grads[: len(parameters)])
+        return loss, tuple(rows)
+
+    def _head(self, detached: bool) -> tuple:
+        inputs, weights, bias = self.inputs, self.weights, self.bias
+        if detached:
+            inputs = [hidden.detach() for hidden in inputs]
+            weights = [weight.detach() for weight in weights]
+            bias = None if bias is None else bias.detach()
+        return inputs, weights, bias, self.class_weight, self.target
+
+    def _config(self) -> tuple:
+        options = self.options
+        mib = self.memory_budget_mib
+        budget_bytes = int((DEFAULT_MEMORY_BUDGET_MIB if mib is None else mib) * 2**20)
+        softcap = None if options.softcap is None else float(options.softcap)
+        return options.ignore_index, float(options.logit_scale), softcap, self.impl, budget_bytes
+
+    def _row_weights(
+        self, ce_weight: Tensor, ce_items: int | Tensor, z_items: int | Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What nll, smooth and squared lse of each token count in the scalar loss, [N] each."""
+        eps, z_loss = self.options.label_smoothing, self.options.z_loss
+        ones = torch.ones_like(ce_weight)
+        nll_weight = (1 - eps) * ce_weight / ce_items
+        smooth_weight = eps * ones / ce_items if eps > 0 else None
+        z_weight = z_loss * ones / z_items if z_loss > 0 else None
+        return nll_weight, smooth_weight, z_weight
+
+    def _reduce(
+        self,
+        rows: Sequence[Tensor],
+        ce_weight: Tensor,
+        ce_items: int | Tensor,
+        z_items: int | Tensor,
+    ) -> Tensor:
+        nll, lse, smooth = rows[:3]
+        eps, z_loss = self.options.label_smoothing, self.options.z_loss
+        per_token = (1 - eps) * ce_weight * nll
+        if eps > 0:
+            per_token = per_token + eps * smooth
+        squared = z_loss * lse * lse
+        if self.options.reduction == "none":
+            per_token = per_token + squared if z_loss > 0 else per_token
+            return per_token.reshape(self.target.shape)
+        loss = per_token.sum() / ce_items
+        return loss + squared.sum() / z_items if z_loss > 0 else loss
+
+
+def _autocast(
+    pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """The operands as `F.linear` would see them under the caller's autocast."""
+    device_type = pairs[0][0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return pairs, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    cast_pairs = [(cast(hidden), cast(weight)) for hidden, weight in pairs]
+    return cast_pairs, None if bias is None else cast(bias)
+
+
+def _target_weight(
+    class_weight: Tensor | None, labels: Tensor, valid: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The class weight of every token's target, [N]; 0 where ignored, 1 without class weights."""
+    if class_weight is None:
+        return valid.to(dtype)
+    # A label out of range must reach the operator, which names it.
+    known = labels.clamp(0, class_weight.shape[0] - 1)
+    return torch.where(valid, class_weight[known], 0.0)
+
+
+def _denominators(
+    options: LossOptions,
+    num_items: int | Tensor | None,
+    num_valid: Tensor,
+    class_weight: Tensor | None,
+    ce_weight: Tensor,
+) -> tuple[int | Tensor, int | Tensor]:
+    """What the sums of the cross-entropy and of the z-loss are divided by."""
+    if options.reduction != "mean":
+        return 1, 1
+    if isinstance(num_items, Tensor):
+        items = num_items.detach().reshape(()).to(ce_weight.device)
+        return items, items
+    if num_items is not None:
+        return num_items, num_items
+    return num_valid if class_weight is None else ce_weight.sum(), num_valid
+
+
+def _check(
+    pairs: list[tuple[Tensor, Tensor]],
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    num_items: int | Tensor | None,
+    memory_budget_mib: float | None,
+    stats: tuple[str, ...],
+) -> None:
+    """Every shape, dtype and device, once; names are those of `linear_cross_entropy`."""
+    if not pairs:
+        raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
+    vocab_size = pairs[0][1].shape[0] if pairs[0][1].dim() == 2 else 0
+    for hidden, matrix in pairs:
+        _check_pair(hidden, matrix, pairs[0][0], vocab_size, target)
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"`target` must be int64 class ids, got {target.dtype}: call target.long()"
+        )
+    for name, vector in (("linear_bias", bias), ("weight", weight)):
+        if vector is not None and tuple(vector.shape) != (vocab_size,):
+            raise ValueError(
+                f"`{name}` must have shape {(vocab_size,)}, got {tuple(vector.shape)}: "
+                "it has one entry per row of `linear_weight`"
+            )
+    _check_same("linear_bias", bias, pairs[0][0])
+    if weight is not None and weight.device != target.device:
+        raise ValueError(
+            f"`weight` must be on {target.device}, got {weight.device}: move it there"
+        )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "`weight` must not require grad, got requires_grad=True: class weights are constants, "
+            "pass weight.detach()"
+        )
+    _check_num_items(num_items, options)
+    if memory_budget_mib is not None and not memory_budget_mib > 0:
+        raise ValueError(
+            f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
+            f"None means {DEFAULT_MEMORY_BUDGET_MIB}"
+        )
+    unknown = [name for name in stats if name not in STAT_NAMES]
+    if unknown:
+        raise ValueError(
+            f"`stats` must name some of {STAT_NAMES}, got {unknown[0]!r}: leave it out"
+        )
+
+
+def _check_pair(
+    hidden: Tensor, matrix: Tensor, first: Tensor, vocab_size: int, target: Tensor
+) -> None:
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`input` must be float16, bfloat16, float32 or float64, got {hidden.dtype}: "
+            "convert it"
+        )
+    if matrix.dim() != 2 or matrix.shape[0] != vocab_size or vocab_size == 0:
+        raise ValueError(
+            f"`linear_weight` must have shape (vocab, hidden) with a vocabulary of at least one, "
+            f"got {tuple(matrix.shape)}: pass the head's matrix as nn.Linear stores it"
+        )
+    if hidden.dim() == 0 or hidden.shape[-1] != matrix.shape[1] or matrix.shape[1] == 0:
+        raise ValueError(
+            f"`input` must have shape (..., {matrix.shape[1]}) with a hidden size of at least one, "
+            f"got {tuple(hidden.shape)}: its last dimension is the columns of `linear_weight`"
+        )
+    if tuple(target.shape) != tuple(hidden.shape[:-1]):
+        raise ValueError(
+            f"`target` must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: "
+            "one class id per hidden state, shifted by the caller"
+        )
+    if target.device != hidden.device:
+        raise ValueError(f"`target` must be on {hidden.device}, got {target.device}: move it there")
+    _check_same("input", hidden, first)
+    _check_same("linear_weight", matrix, first)
+
+
+def _check_same(name: str, tensor: Tensor | None, first: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != first.dtype:
+        raise TypeError(
+            f"`{name}` must have the dtype of `input`, {first.dtype}, got {tensor.dtype}: "
+            "convert one of them or use torch.autocast"
+        )
+    if tensor.device != first.device:
+        raise ValueError(f"`{name}` must be on {first.device}, got {tensor.device}: move it there")
+
+
+def _check_num_items(num_items: int | Tensor | None, options: LossOptions) -> None:
+    if num_items is None:
+        return
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(
+                f"`num_items` must be an int or a tensor of one element, got shape "
+                f"{tuple(num_items.shape)}: pass the sum over devices and micro-batches"
+            )
+        return
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(
+            f"`num_items` must be an int or a tensor of one element, got {num_items!r}: "
+            "pass the number of tokens in the whole batch"
+        )
+    if num_items < 0:
+        raise ValueError(
+            f"`num_items` must be at least 0, got {num_items!r}: pass the number of tokens"
+        )

@@ -1,0 +1,17 @@
+"""Triton kernels of the fused head; they import torch and triton, and nothing of this package.
+
+Axis letters in names of sizes, blocks and comments:
+
+    T  tokens: rows of the hidden states, and of every per-token vector
+    H  hidden: the axis that the head's product sums over (R for the rank of a low-rank second pair)
+    V  vocabulary: rows of the head's weight, columns of the logits
+
+A tile of the logits is `[BLOCK_T, BLOCK_V]`. Every kernel that makes logits makes a tile of them in
+registers, reduces it there, and writes either nothing, or the exponents, or the gradient of the
+logits: never the logits themselves.
+
+    product.py   how a tile of logits is accumulated: raster, products, bias, scale, softcap
+    head.py      the persistent (descriptor) and the plain (pointer) kernel, and their launcher
+    rows.py      what is done once a row: anchor, statistics, overflowed rows, row scaling
+    tuning.py    which tile a card and a dtype get
+"""

@@ -1,0 +1,172 @@
+"""From a stored tile to the gradients of hidden states, weight and bias, by cuBLAS."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.kernels.head import Head
+from hf_fused_head.kernels.rows import launch_scale_rows
+
+# Rows appended to a stored tile for label smoothing, whose gradient has rank one. Three are used;
+# eight keep the product's depth aligned.
+EXTRA_ROWS = 8
+# cuBLAS fills the card by splitting the sum of a small result, and then rounds the parts to the
+# result's dtype: below this many elements the parts are kept in float32.
+_SPLIT_BELOW = 2**22
+
+
+class Totals(NamedTuple):
+    """Where gradients accumulate; an entry is None where nobody wants it.
+
+    float32 when more than one product adds to it, else the gradient itself.
+    """
+
+    hidden: list[Tensor | None]  # [T, H_i] a pair
+    weight: list[Tensor | None]  # [V, H_i] a pair
+    bias: Tensor | None  # [V]
+
+    def rows(self, rows: slice) -> Totals:
+        """The part of a chunk of tokens."""
+        return self._replace(hidden=[None if t is None else t[rows] for t in self.hidden])
+
+    def window(self, window: slice) -> Totals:
+        """The part of a window of the vocabulary."""
+        weight = [None if t is None else t[window] for t in self.weight]
+        return self._replace(weight=weight, bias=None if self.bias is None else self.bias[window])
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`out (+)= left @ right`, summed in float32 whatever the operands; `out` may be float32.
+
+    Accumulating needs a float32 `out`: a running sum in 16 bits loses digits with every term.
+    """
+    if left.device.type == "cpu":
+        # The interpreter's tensors: no mixed-dtype products here.
+        value = left.float() @ right.float()
+        out.copy_(out + value if accumulate else value)
+    elif out.dtype == left.dtype:
+        if accumulate:
+            torch.addmm(out, left, right, out=out)
+        elif out.numel() < _SPLIT_BELOW and out.dtype != torch.float32:
+            out.copy_(torch.mm(left, right, out_dtype=torch.float32))
+        else:
+            torch.mm(left, right, out=out)
+    elif accumulate:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def combine_rows(coefficients: Tensor, matrix: Tensor) -> Tensor:
+    """`coefficients @ matrix` in float32 for a 16-bit matrix: [N], [N, M] -> [M].
+
+    The coefficients are split into three parts of the matrix's dtype, which hold all their digits.
+    """
+    out = torch.empty((matrix.shape[1],), dtype=torch.float32, device=matrix.device)
+    if matrix.dtype == torch.float32:
+        product(coefficients[None, :], matrix, out[None, :], accumulate=False)
+        return out
+    parts = torch.stack(split_digits(coefficients, matrix.dtype, 3))  # [3, N]
+    sums = torch.empty((3, matrix.shape[1]), dtype=torch.float32, device=matrix.device)
+    product(parts, matrix, sums, accumulate=False)
+    return torch.sum(sums, 0, out=out)
+
+
+def split_digits(values: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """`count` tensors of `dtype` whose sum is `values` as nearly as they can say it."""
+    parts, rest = [], values
+    for _ in range(count):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].float()
+    return parts
+
+
+def stored_gradients(
+    head: Head,
+    tile: Tensor,
+    factor: Tensor,
+    gamma: Tensor | None,
+    totals: Totals,
+    scratch: list[Tensor | None],
+    accumulate: bool,
+) -> None:
+    """Gradients from stored exponents E: `dX = factor * (E W)`, `dW = E^T (factor * X)`.
+
+    Label smoothing subtracts `gamma w^T` from `factor * E`, which has rank one: dX loses gamma
+    times a fixed row, and dW gets it as extra rows of the product, E's holding w and X's minus
+    the sum of gamma X, in digits that are exact together.
+
+    Args:
+        head: T rows and V columns of the head.
+        tile: [T, V], or [T + EXTRA_ROWS, V] with `gamma`: E, whose extra rows are written here.
+        factor: [T] float32.
+        gamma: [T] float32 or None.
+        totals: [T, H_i], [V, H_i], [V]. The first is overwritten; so are the others, unless
+            `accumulate`.
+        scratch: Memory for factor * X, [T, H_i] of its dtype; None to allocate it.
+        accumulate: Whether weight and bias are added to.
+    """
+    num_tokens = factor.shape[0]
+    pairs = head.pairs()
+    class_weight = None if gamma is None else head.class_weights()
+    for index, (hidden, _) in enumerate(pairs):
+        dweight = totals.weight[index]
+        if dweight is None:
+            continue
+        scaled = scratch[index]
+        if scaled is None or gamma is not None:
+            scaled = hidden.new_empty((tile.shape[0], hidden.shape[1]))
+        launch_scale_rows(hidden, scaled[:num_tokens], factor)
+        if gamma is not None:
+            _write_smoothing(tile, scaled, num_tokens, class_weight, combine_rows(gamma, hidden))
+        product(tile.t(), scaled, dweight, accumulate)
+    tile = tile[:num_tokens]
+    if totals.bias is not None:
+        dbias = combine_rows(factor, tile)
+        if gamma is not None:
+            dbias -= gamma.sum() * class_weight
+        if accumulate:
+            totals.bias.add_(dbias)
+        else:
+            totals.bias.copy_(dbias)
+    for (_, weight), dhidden in zip(pairs, totals.hidden, strict=True):
+        if dhidden is not None:
+            product(tile, weight, dhidden, accumulate=False)
+            direction = None if class_weight is None else combine_rows(class_weight, weight)
+            launch_scale_rows(dhidden, dhidden, factor, gamma, direction)
+
+
+def _write_smoothing(
+    tile: Tensor, scaled: Tensor, num_tokens: int, class_weight: Tensor, spread: Tensor
+) -> None:
+    """The extra rows: (w + w')^T (r + r') without its smallest term, for r = -`spread`."""
+    weight_high, weight_low = split_digits(class_weight, tile.dtype, 2)
+    spread_high, spread_low = split_digits(-spread, tile.dtype, 2)
+    tile[num_tokens:] = 0
+    scaled[num_tokens:] = 0
+    rows = ((weight_high, spread_high), (weight_high, spread_low), (weight_low, spread_high))
+    for row, (weight, values) in enumerate(rows, start=num_tokens):
+        tile[row] = weight
+        scaled[row] = values
+
+
+def window_gradients(head: Head, tile: Tensor, totals: Totals, accumulate: bool) -> None:
+    """Gradients from a stored gradient of the logits: `dX (+)= dZ W`, `dW = dZ^T X`.
+
+    Args:
+        head: T rows and one window of V columns.
+        tile: [T, V], dZ.
+        totals: [T, H_i], [V, H_i], [V]; weight and bias are overwritten.
+        accumulate: Whether the hidden states' totals are added to.
+    """
+    pairs = zip(head.pairs(), totals.hidden, totals.weight, strict=True)
+    for (hidden, weight), dhidden, dweight in pairs:
+        if dhidden is not None:
+            product(tile, weight, dhidden, accumulate)
+        if dweight is not None:
+            product(tile.t(), hidden, dweight, accumulate=False)
+    if totals.bias is not None:
+        totals.bias.copy_(torch.sum(tile, 0, dtype=torch.float32))

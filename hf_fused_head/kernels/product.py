@@ -1,0 +1,85 @@
+"""A tile of logits in registers: raster order, products, bias, scale and softcap."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T: tl.constexpr):
+    """Linear tile number to (pid_t, pid_v): `GROUP_T` row tiles share a weight tile in L2."""
+    tiles_per_group = GROUP_T * num_tiles_v
+    group = tile // tiles_per_group
+    first_t = group * GROUP_T
+    rows = min(num_tiles_t - first_t, GROUP_T)
+    within = tile % tiles_per_group
+    return first_t + within % rows, within // rows
+
+
+@triton.jit
+def accumulate_product(
+    acc,
+    hidden_ptr,
+    weight_ptr,
+    stride_hidden_t,
+    stride_weight_v,
+    offs_t,
+    offs_v,
+    num_tokens,
+    vocab_size,
+    hidden_size,
+    BLOCK_H: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Adds `hidden[offs_t] @ weight[offs_v].T` to `acc`; rows outside the matrices read row 0."""
+    rows_t = tl.where(offs_t < num_tokens, offs_t, 0).to(tl.int64)
+    rows_v = tl.where(offs_v < vocab_size, offs_v, 0).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    hidden_ptrs = hidden_ptr + rows_t[:, None] * stride_hidden_t + offs_h[None, :]
+    weight_ptrs = weight_ptr + rows_v[None, :] * stride_weight_v + offs_h[:, None]
+    for start in range(0, hidden_size, BLOCK_H):
+        if EVEN_H:
+            hidden = tl.load(hidden_ptrs + start)
+            weight = tl.load(weight_ptrs + start)
+        else:
+            inside = start + offs_h < hidden_size
+            hidden = tl.load(hidden_ptrs + start, mask=inside[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
+        if UPCAST:
+            hidden = hidden.to(tl.float32)
+            weight = weight.to(tl.float32)
+        acc = tl.dot(hidden, weight, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent from exp2; exact to float32's absolute rounding, and never overflows."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap):
+    """Logits of an accumulated tile; `bias_ptr` and `softcap` may be None."""
+    logits = acc
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v, mask=offs_v < vocab_size, other=0.0).to(tl.float32)
+        logits += bias[None, :]
+    logits *= logit_scale
+    if softcap is not None:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def softcap_slope(logits, softcap):
+    """Derivative of the softcap at its output `logits`."""
+    ratio = logits / softcap
+    return 1.0 - ratio * ratio

@@ -1,0 +1,68 @@
+"""Which tile a card and a dtype get: committed data, so that nobody's first step tunes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class TileConfig(NamedTuple):
+    """How the head's product is tiled.
+
+    Attributes:
+        block_t: Rows of a tile.
+        block_v: Columns of a tile; the row sums come one a row and tile.
+        block_h: Depth of one step of the product.
+        group_t: Row tiles that share a weight tile while it is in the L2 cache.
+        num_warps: Warps of a program.
+        num_stages: Steps whose loads are in flight.
+        num_programs: Programs of the persistent kernel, which loads through tensor descriptors;
+            0 for the pointer kernel, one program a tile.
+        halves: Whether the persistent kernel stores a tile in two halves, for less shared memory.
+        flatten: Whether its loads run ahead across tiles.
+    """
+
+    block_t: int
+    block_v: int
+    block_h: int
+    group_t: int
+    num_warps: int
+    num_stages: int
+    num_programs: int = 0
+    halves: bool = False
+    flatten: bool = False
+
+
+# Hopper, 16-bit operands, by whether the tile is stored. Measured on an H100.
+_HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
+# Everything else with 16-bit operands: 64 KiB of shared memory fit every card since Ampere.
+_PORTABLE = TileConfig(128, 128, 32, 8, 8, 4)
+_PORTABLE_HIP = TileConfig(128, 128, 32, 8, 8, 2)
+# float32 products run on the plain arithmetic units, where a larger tile only spills.
+_FLOAT32 = TileConfig(64, 64, 16, 8, 4, 2)
+# The interpreter pays by the tile's element; small tiles make small tests have edges.
+_INTERPRETER = TileConfig(16, 32, 16, 2, 4, 1)
+
+# Rows and columns of a tile of the rare kernel for overflowed rows.
+OVERFLOW_BLOCK = 64
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
+    """The tile for operands of `dtype` on `device`."""
+    if interpreted():
+        return _INTERPRETER
+    if dtype == torch.float32:
+        return _FLOAT32
+    if torch.version.hip is not None:
+        return _PORTABLE_HIP
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major == 9:
+        return _HOPPER._replace(num_programs=properties.multi_processor_count)
+    return _PORTABLE

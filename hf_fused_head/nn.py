@@ -1,0 +1,77 @@
+"""The loss as a module, for code that keeps its criterion in one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hf_fused_head.functional import linear_cross_entropy
+from hf_fused_head.options import Impl, LossOptions, Reduction
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`linear_cross_entropy` with its options fixed; the head's matrix comes with every call.
+
+    Takes the keywords of `linear_cross_entropy`; `weight` becomes a buffer that follows `.to()` and
+    is saved with the module, as in `torch.nn.CrossEntropyLoss`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        impl: Impl = "auto",
+        memory_budget_mib: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = LossOptions(
+            reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+        )
+        self.impl: Impl = impl
+        self.memory_budget_mib = memory_budget_mib
+        self.register_buffer("weight", weight)
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; arguments as in `linear_cross_entropy`."""
+        options = self.options
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=options.reduction,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            logit_scale=options.logit_scale,
+            softcap=options.softcap,
+            z_loss=options.z_loss,
+            num_items=num_items,
+            impl=self.impl,
+            memory_budget_mib=self.memory_budget_mib,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        default = LossOptions()
+        changed = [
+            f"{name}={value!r}"
+            for name, value in vars(self.options).items()
+            if value != getattr(default, name)
+        ]
+        return ", ".join(changed)

@@ -1,0 +1,398 @@
+"""From shapes and a memory budget to chunk, window, passes and bytes. Pure integers and no device.
+
+The unit of cost is one pass: a product of all tokens with the whole head. What else a step does is
+modelled as tokens or columns that such a pass could have handled meanwhile, so small chunks and
+narrow windows pay for starting over. The model only ranks schedules; it promises no milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+# One number for every device: no probing of free memory, so a run is the same everywhere.
+DEFAULT_MEMORY_BUDGET_MIB = 1024
+
+# A smaller workspace is preferred to a modelled gain of less than this.
+_SLACK = 1.01
+
+# A budget below the smallest step is raised to this many times that step: the very smallest tiles
+# would spend most of their time on starting over.
+_RAISE = 1.25
+
+# A budget that is too small is raised to the smallest workspace and this much.
+_RAISE = 1.1
+
+# What one more chunk or window costs, in tokens or columns of a pass (measured: two Zen 3 cores,
+# 2048x576x49152 float32; one H100, 8192x4096x128256 bfloat16).
+_RESTART = {"cpu": 50, "cuda": 128}
+# Where products take float32 only, every chunk converts the weights to it twice.
+_CONVERT = 100
+
+# "torch" never holds more than one part in so many of the logits, however large the budget.
+_LOGITS_PARTS = 5
+
+# Below these a product is mostly overhead: no budget makes a tile smaller.
+_SMALLEST_CHUNK = {"torch": 32, "triton": 256}
+_SMALLEST_WINDOW = 256
+
+# "torch" goes over a tile in blocks of this size: what a last-level cache holds, or one launch.
+_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
+
+# Row sums of the "triton" engine: float32, one a tile of this many columns, up to four kinds. It
+# makes statistics of fewer rows at once rather than hold more than this.
+_SUM_COLUMNS = 128
+_SUM_BYTES = 16
+TRITON_SUMS_BYTES = 32 * 2**20
+# Per-row vectors of the "triton" engine.
+_ROW_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one loss and its gradients are computed.
+
+    Attributes:
+        name: "loss_only", "gradient_in_forward", "recompute" or "hybrid".
+        chunk_tokens: Rows of a logits tile.
+        vocab_window: Columns of a logits tile, or of a converted piece of the weights.
+        passes: Products of all tokens with the whole head, forward and backward together.
+        workspace_bytes: Beyond inputs, outputs and gradients in their own dtype.
+        gradient_bytes: The gradients themselves.
+        kept_share: Share of the exponentials that is kept instead of recomputed.
+        fits: Whether `workspace_bytes` is within the budget.
+        reason: A sentence for people.
+    """
+
+    name: str
+    chunk_tokens: int
+    vocab_window: int
+    passes: float
+    workspace_bytes: int
+    gradient_bytes: int
+    kept_share: float
+    fits: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.passes:g} passes, tiles of {self.chunk_tokens} tokens x "
+            f"{self.vocab_window} columns, workspace {_mib(self.workspace_bytes)}, "
+            f"gradients {_mib(self.gradient_bytes)}; {self.reason}"
+        )
+
+
+def plan(
+    *,
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    impl: str,
+    device_type: str,
+    grad_hidden: bool,
+    grad_weight: bool,
+    per_token: bool = False,
+    memory_budget_mib: float | None = None,
+    grad_columns: int | None = None,
+) -> Schedule:
+    """The schedule that an engine follows.
+
+    Args:
+        num_tokens: Tokens that count.
+        hidden_size: Columns of the head; of all its matrices together for a sum of products.
+        vocab_size: Rows of the head.
+        dtype: Of hidden states and head.
+        impl: "torch", "triton" or "reference".
+        device_type: "cpu", "cuda", ...
+        grad_hidden: Whether the hidden states need a gradient.
+        grad_weight: Whether the head does.
+        per_token: Whether the upstream gradient is a vector that arrives with the backward.
+        memory_budget_mib: Largest workspace; None for the default. If nothing fits, the smallest
+            step is taken and `fits` is False.
+        grad_columns: Columns of the head that need a gradient, where that is not all of them.
+    """
+    candidates = schedules(
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        impl=impl,
+        device_type=device_type,
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+        per_token=per_token,
+        memory_budget_mib=memory_budget_mib,
+        grad_columns=grad_columns,
+    )
+    return candidates[0]
+
+
+def schedules(
+    *,
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    impl: str,
+    device_type: str,
+    grad_hidden: bool,
+    grad_weight: bool,
+    per_token: bool = False,
+    memory_budget_mib: float | None = None,
+    grad_columns: int | None = None,
+) -> list[Schedule]:
+    """Every way to run, the one that `plan` takes first; arguments as there."""
+    mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
+    step = _Step(
+        num_tokens=max(num_tokens, 1),
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        item=dtype.itemsize,
+        acc=8 if dtype == torch.float64 else 4,
+        impl=impl,
+        device_type=device_type,
+        grad_hidden=grad_hidden,
+        grad_columns=(hidden_size if grad_columns is None else grad_columns) if grad_weight else 0,
+        grad_weight=grad_weight,
+        widened=dtype == torch.float16 and not per_token,
+        budget=int(mib * 2**20),
+    )
+    if not (grad_hidden or grad_weight):
+        names = ["loss_only"]
+    elif per_token:
+        names = ["recompute"]
+    else:
+        names = ["gradient_in_forward", "recompute"]
+    if impl == "reference":
+        names = names[:1]
+    elif impl == "triton" and len(names) > 1:
+        names.append("hybrid")
+    best = [step.best(name) for name in names]
+    if not any(schedule.fits for schedule in best):
+        smallest = min(schedule.workspace_bytes for schedule in best)
+        step = replace(step, budget=int(_RAISE * smallest), asked=step.budget)
+        best = [step.best(name) for name in names]
+    return sorted(best, key=step.rank)
+
+
+def block_bytes(device_type: str) -> int:
+    """The size of the blocks in which "torch" goes over a tile."""
+    return _BLOCK_BYTES.get(device_type, _BLOCK_BYTES["cuda"])
+
+
+_Tile = tuple[int, int, float]  # tokens, columns, kept share
+
+_REASONS = {
+    "loss_only": "nobody needs a gradient",
+    "gradient_in_forward": "gradients are made in the forward, chunk by chunk of the tokens",
+    "recompute": "statistics first, then the logits again in windows of the vocabulary",
+    "hybrid": "a share of the exponentials is kept, the rest made again in windows",
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One problem: its sizes, and what every schedule would cost it."""
+
+    num_tokens: int
+    hidden_size: int
+    vocab_size: int
+    item: int
+    acc: int
+    impl: str
+    device_type: str
+    grad_hidden: bool
+    grad_weight: bool
+    grad_columns: int
+    widened: bool
+    budget: int
+    asked: int | None = None  # the budget before it was raised
+
+    def best(self, name: str) -> Schedule:
+        """The smallest tile of this schedule whose cost is within the slack of the best."""
+        tiles = [(self.workspace(name, tile), tile) for tile in self.tiles(name)]
+        fitting = [entry for entry in tiles if entry[0] <= self.budget]
+        if not fitting:
+            # The smallest step is mostly what no tile can avoid; the tile itself may be usable.
+            smallest = _RAISE * min(tiles)[0]
+            fitting = [entry for entry in tiles if entry[0] <= smallest]
+        costs = [self.cost(name, tile) for _, tile in fitting]
+        limit = _SLACK * min(costs)
+        cheap = [entry for entry, cost in zip(fitting, costs, strict=True) if cost <= limit]
+        workspace, tile = min(cheap)
+        return self.schedule(name, tile, workspace, fits=self.asked is None)
+
+    def tiles(self, name: str) -> Iterator[_Tile]:
+        """Every tile that the engine could use for this schedule."""
+        if self.impl == "reference":
+            yield self.num_tokens, self.vocab_size, 0.0
+        elif name == "hybrid":
+            yield from self.kept_tiles()
+        elif self.impl == "triton" and name != "gradient_in_forward":
+            for window in self.windows():
+                yield self.num_tokens, window, 0.0
+        else:
+            yield from self.chunked_tiles(whole_rows=name == "gradient_in_forward")
+
+    def chunked_tiles(self, whole_rows: bool) -> Iterator[_Tile]:
+        """Chunks of tokens times windows; with whole rows a window is of the weights only."""
+        converts = self.impl == "torch" and self.item != self.acc
+        largest = self.num_tokens * self.vocab_size
+        if self.impl == "torch":
+            largest = -(-self.num_tokens // _LOGITS_PARTS) * self.vocab_size
+        for chunk in self.chunks():
+            for window in self.windows() if converts or not whole_rows else (self.vocab_size,):
+                if chunk * (self.vocab_size if whole_rows else window) <= largest:
+                    yield chunk, window, 0.0
+
+    def kept_tiles(self) -> Iterator[_Tile]:
+        """As many whole kept columns as the budget holds, with every window that is no wider."""
+        column = self.num_tokens * self.item
+        free = self.budget - self.triton_workspace("hybrid", (self.num_tokens, 0, 0.0))
+        columns = min(free // column, self.vocab_size - 1) // _SMALLEST_WINDOW * _SMALLEST_WINDOW
+        columns = max(columns, min(_SMALLEST_WINDOW, self.vocab_size))
+        for window in self.windows():
+            if window <= columns:
+                yield self.num_tokens, window, columns / self.vocab_size
+
+    def chunks(self) -> Iterator[int]:
+        """Even splits of the tokens, from all of them down to the smallest chunk."""
+        smallest = _SMALLEST_CHUNK[self.impl]
+        if self.impl == "torch":
+            smallest = min(smallest, -(-self.num_tokens // _LOGITS_PARTS))
+        parts, last = 1, 0
+        while True:
+            chunk = -(-self.num_tokens // parts)
+            if self.impl == "triton":
+                chunk = min(-(-chunk // smallest) * smallest, self.num_tokens)
+            if chunk != last and chunk >= min(smallest, self.num_tokens):
+                yield chunk
+            last = chunk
+            if chunk <= smallest:
+                return
+            parts = parts + 1 if parts < 64 else -(-parts * 5 // 4)
+
+    def windows(self) -> Iterator[int]:
+        """The whole vocabulary; powers of two below it and what lies half way between them."""
+        yield self.vocab_size
+        window = _SMALLEST_WINDOW
+        while window < self.vocab_size:
+            yield window
+            if window * 3 // 2 < self.vocab_size and window > _SMALLEST_WINDOW:
+                yield window * 3 // 2
+            window *= 2
+
+    def cost(self, name: str, tile: _Tile) -> float:
+        """Modelled passes, restarts included."""
+        chunk, window, kept = tile
+        restart = _RESTART.get(self.device_type, _RESTART["cuda"])
+        per_chunk = float(restart)
+        if name == "gradient_in_forward":
+            converts = self.item != self.acc and self.device_type == "cpu"
+            per_chunk += _CONVERT if converts and window < self.vocab_size else 0
+            return self.passes(name, kept) * (1 + per_chunk / chunk)
+        return self.passes(name, kept) * (1 + per_chunk / chunk + restart / window)
+
+    def rank(self, schedule: Schedule) -> tuple[bool, float]:
+        """Orders schedules: by cost those within the budget, then by size those that are not."""
+        if schedule.workspace_bytes > self.budget:
+            return True, schedule.workspace_bytes
+        tile = schedule.chunk_tokens, schedule.vocab_window, schedule.kept_share
+        return False, self.cost(schedule.name, tile)
+
+    def passes(self, name: str, kept: float) -> float:
+        """Products of all tokens with the whole head."""
+        backward = self.grad_hidden + self.grad_weight
+        if name == "loss_only":
+            return 1
+        return 1 + backward if name == "gradient_in_forward" else 2 + backward - kept
+
+    def workspace(self, name: str, tile: _Tile) -> int:
+        """Bytes beyond inputs, outputs and gradients in their own dtype."""
+        if self.impl == "reference":
+            # Logits, probabilities, their gradient and two intermediates; operands in `acc`.
+            operands = (self.num_tokens + self.vocab_size) * self.hidden_size
+            return (5 * self.num_tokens * self.vocab_size + 2 * operands) * self.acc
+        if self.impl == "triton":
+            return self.triton_workspace(name, tile)
+        return self.torch_workspace(name, tile)
+
+    def torch_workspace(self, name: str, tile: _Tile) -> int:
+        """What `bounded` allocates: tile, scratch blocks, conversions and sums."""
+        chunk, window, _ = tile
+        whole = name == "gradient_in_forward"
+        columns = self.vocab_size if whole else window
+        logits = chunk * columns * self.acc
+        row = columns * self.acc
+        scratch = min(logits, max(row, block_bytes(self.device_type) // row * row))
+        # A tile, two scratch blocks, and vectors per token and per column.
+        total = logits + 2 * scratch + (32 * self.num_tokens + 4 * self.vocab_size) * self.acc
+        if self.item == self.acc:
+            return total
+        total += (window + chunk) * self.hidden_size * self.acc
+        total += chunk * window * self.item
+        if self.grad_hidden:
+            rows = chunk if whole else self.num_tokens
+            total += rows * self.hidden_size * self.acc
+        rows = self.vocab_size if whole and chunk < self.num_tokens else window
+        return total + self.weight_sum(rows, name)
+
+    def triton_workspace(self, name: str, tile: _Tile) -> int:
+        """What `fused` allocates: kept exponentials or a window, row sums, float32 gradients."""
+        chunk, window, kept = tile
+        sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
+        rows = self.num_tokens * _ROW_BYTES
+        if name == "loss_only":
+            return sums + rows
+        # Scaled hidden states borrow the memory of their gradient, where there is one.
+        scaled = 0 if self.grad_hidden else chunk * self.hidden_size * self.item
+        if name == "gradient_in_forward":
+            several = chunk < self.num_tokens
+            weight = self.weight_sum(self.vocab_size if several else 0, name)
+            return chunk * self.vocab_size * self.item + sums + weight + rows + scaled
+        columns = max(window, round(kept * self.vocab_size))
+        hidden = 0
+        if self.grad_hidden and self.item != self.acc and columns < self.vocab_size:
+            hidden = self.num_tokens * self.hidden_size * self.acc
+        # The sums of the statistics are gone when the sums of the gradients begin.
+        total = chunk * columns * self.item + max(sums, hidden) + rows + self.weight_sum(0, name)
+        return total + (scaled if name == "hybrid" else 0)
+
+    def weight_sum(self, rows: int, name: str) -> int:
+        """Bytes of the float32 sum in which `rows` of the head's gradient accumulate."""
+        if self.item == self.acc or not self.grad_weight:
+            return 0
+        if self.widened and name != "loss_only":
+            # float16 gradients leave the forward in float32: twice what they come back in.
+            return self.vocab_size * self.grad_columns * self.acc
+        return rows * self.grad_columns * self.acc
+
+    def schedule(self, name: str, tile: _Tile, workspace: int, fits: bool) -> Schedule:
+        """The record for people and engines."""
+        chunk, window, kept = tile
+        reason = f"{_REASONS[name]}; within the budget of {_mib(self.budget)}"
+        if not fits:
+            reason = (
+                f"{_REASONS[name]}; the budget of {_mib(self.asked or self.budget)} was raised to "
+                f"{_mib(workspace)}, about the smallest step"
+            )
+        gradient = self.num_tokens * self.hidden_size if self.grad_hidden else 0
+        gradient += self.vocab_size * self.grad_columns
+        return Schedule(
+            name=name,
+            chunk_tokens=chunk,
+            vocab_window=window,
+            passes=self.passes(name, kept),
+            workspace_bytes=workspace,
+            gradient_bytes=gradient * self.item,
+            kept_share=kept,
+            fits=fits,
+            reason=reason,
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

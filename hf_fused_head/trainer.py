@@ -1,0 +1,254 @@
+"""`FusedHeadTrainer`: transformers' Trainer, with the whole loss inside the model's head.
+
+The stock Trainer leaves the model's loss in two cases. With label smoothing it takes the labels
+away and smooths logits itself; here the smoothing is an option of the fused loss, which gives the
+same value. When a metric wants predictions it takes logits out of the output; here they are made
+for those steps and for no others. All else (gradient accumulation, token counts across devices) is
+stock code that sees a model whose loss happens to be cheap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from hf_fused_head.patches import apply_patch, last_stats, patch_report
+
+if TYPE_CHECKING:
+    from hf_fused_head.functional import LossStats
+
+logger = logging.get_logger(__name__)
+
+_IGNORED = -100  # The label without loss, all over transformers.
+_STATS = ("accuracy", "entropy")
+
+
+class FusedHeadTrainer(Trainer):
+    """`transformers.Trainer` whose model computes its loss without logits; same results.
+
+    Logs of training also hold `mean_token_accuracy`, `entropy` and `perplexity`: means over the
+    tokens with loss since the last log, on all processes. Evaluation returns them with its prefix.
+    `perplexity` is that of the plain cross-entropy, whatever smoothing or z-loss is trained on.
+
+    Steps that need logits get them from the stock head and say so once: those with
+    `compute_metrics` or `predict()`, and all of them with `compute_loss_func`.
+
+    Args:
+        model: As for the Trainer; patched in place. What `model_init` returns is patched too.
+        args: As for the Trainer; `label_smoothing_factor` becomes part of the fused loss.
+        *positional: Further arguments of the Trainer.
+        head_options: Keywords of `apply_patch`; `stats` defaults to ("accuracy", "entropy").
+        **keywords: Further arguments of the Trainer.
+
+    Raises:
+        TypeError: If `head_options` holds an unknown key.
+        ValueError: If `args` contradict a fused head.
+        UnsupportedModelError: If the model cannot be fused, unless `head_options` has strict=False.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        head_options: Mapping[str, Any] | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.head_options = _checked_options(head_options, args)
+        self._train_sums = TokenSums()
+        self._eval_sums = TokenSums()
+        super().__init__(model, args, *positional, **keywords)
+        if model is not None:
+            apply_patch(model, **self.head_options)
+        # Put back if the model turns out, at its first forward, to be one that cannot be fused.
+        self._stock_smoother = self.label_smoother
+        self.label_smoother = None if self._is_fused() else self._stock_smoother
+        if self.compute_loss_func is not None:
+            logger.warning_once(
+                "`compute_loss_func` reads logits, so every step computes them and the fused head "
+                "is not used: leave it out to train without logits."
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model, patched."""
+        return apply_patch(super().call_model_init(trial), **self.head_options)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the stock Trainer does; the first logging window starts empty."""
+        self._train_sums = TokenSums()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The stock method; with label smoothing the labels stay with the model, if it is fused."""
+        smoothed_by_head = self._stock_smoother is not None and self.label_smoother is None
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if smoothed_by_head and not self._is_fused():
+            # This forward was the first, was refused (strict=False) and gave the plain loss.
+            self.label_smoother = self._stock_smoother
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """The stock step; sums of its token statistics stay on the device until they are logged."""
+        has_labels = self._loss_is_from_head(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if has_labels:
+            self._train_sums.add(self._last_stats(model))
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The stock step, without logits when only the loss is wanted."""
+        if not prediction_loss_only:
+            logger.warning_once(
+                "Predictions were asked for, so these evaluation steps compute logits with the "
+                "stock head: pass prediction_loss_only=True or no `compute_metrics` to do without."
+            )
+            # Logits cannot be taken out of a compiled fused forward.
+            model = getattr(model, "_orig_mod", model)
+        has_labels = self._loss_is_from_head(inputs)
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if has_labels:
+            gather = self.gather_function if self.args.world_size > 1 else None
+            self._eval_sums.add(self._last_stats(model), _targets(inputs), gather)
+        return result
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The stock loop; its metrics also hold those that need no logits."""
+        self._eval_sums = TokenSums()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        for name, value in self._eval_sums.means().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log; that of a training window also holds the metrics that need no logits."""
+        if self.is_in_train and "loss" in logs:
+            logs.update(self._train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum")))
+            self._train_sums = TokenSums()
+        super().log(logs, start_time)
+
+    def _is_fused(self) -> bool:
+        return patch_report(self.accelerator.unwrap_model(self.model)).fused
+
+    def _loss_is_from_head(self, inputs: Mapping[str, Any]) -> bool:
+        return inputs.get("labels") is not None and self.compute_loss_func is None
+
+    def _last_stats(self, model: nn.Module) -> LossStats | None:
+        return last_stats(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def _targets(inputs: Mapping[str, Any]) -> Tensor:
+    """The labels that a causal language model's loss compares with, [batch, tokens]."""
+    shifted = inputs.get("shift_labels")
+    return inputs["labels"][..., 1:] if shifted is None else shifted
+
+
+class TokenSums:
+    """Sums of token statistics, on the device: adding never waits, reading does once."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # [1 + len(names)], the number of tokens first
+
+    def add(
+        self,
+        stats: LossStats | None,
+        targets: Tensor | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Adds the tokens of one forward.
+
+        Args:
+            stats: Those of the forward; None, where no fused head ran, adds nothing.
+            targets: Needed with `gather`: the labels as the loss sees them, [batch, tokens].
+            gather: Collects rows of all processes and drops those that a sampler repeated.
+        """
+        if stats is None:
+            return
+        values = {"cross_entropy": stats.nll, "mean_token_accuracy": stats.correct}
+        values["entropy"] = stats.entropy
+        kept = {name: value for name, value in values.items() if value is not None}
+        # Counts beyond 2**24 are no float32 numbers; MPS has nothing wider.
+        wide = torch.float32 if stats.nll.device.type == "mps" else torch.float64
+        if gather is not None and targets is not None and len(targets) == len(stats.nll):
+            valid = targets.to(stats.nll.device).ne(_IGNORED)
+            rows = [value.sum(-1, dtype=wide) for value in (valid, *kept.values())]
+            sums = gather(torch.stack(rows, dim=-1)).sum(0)
+        else:
+            totals = [value.sum(dtype=wide) for value in kept.values()]
+            sums = torch.stack([stats.num_valid.to(wide), *totals])
+        self._names = tuple(kept)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The metrics; waits for the device.
+
+        Args:
+            reduce: Sums a tensor over processes, where `add` did not gather.
+        """
+        if self._sums is None:
+            return {}
+        sums = self._sums if reduce is None else reduce(self._sums)
+        num_tokens, *totals = sums.tolist()
+        means = {
+            name: total / num_tokens if num_tokens else float("nan")
+            for name, total in zip(self._names, totals, strict=True)
+        }
+        means["perplexity"] = torch.tensor(means.pop("cross_entropy")).exp().item()
+        return means
+
+
+def _checked_options(
+    head_options: Mapping[str, Any] | None, args: TrainingArguments | None
+) -> dict[str, Any]:
+    """The keywords for `apply_patch`, with the smoothing of `args` among them."""
+    options = {"stats": _STATS, **(head_options or {})}
+    known = inspect.signature(apply_patch).parameters.keys() - {"model"}
+    for key in options:
+        if key not in known:
+            raise TypeError(
+                f"`head_options` must hold keywords of apply_patch, got {key!r}: "
+                f"choose from {', '.join(sorted(known))}"
+            )
+    if args is None:
+        return options
+    if args.use_liger_kernel:
+        raise ValueError(
+            "`use_liger_kernel` must be False for FusedHeadTrainer, got True: both would replace "
+            "the head's loss; apply Liger's other kernels to the model yourself, with "
+            "fused_linear_cross_entropy=False, or use transformers.Trainer"
+        )
+    smoothing = args.label_smoothing_factor
+    if smoothing and options.setdefault("label_smoothing", smoothing) != smoothing:
+        raise ValueError(
+            "`head_options['label_smoothing']` must equal args.label_smoothing_factor="
+            f"{smoothing!r}, got {options['label_smoothing']!r}: name the smoothing in one place"
+        )
+    return options

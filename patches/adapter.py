@@ -1,0 +1,358 @@
+"""`apply_patch` and back: the stock forward runs, its head answers with the finished loss.
+
+The model's and the head's class are swapped on the instance (swap.py). A forward with labels opens
+a call (call.py), the head computes the loss in the place of logits (heads.py) and returns a
+stand-in that records what the model does to it (trace.py); the model's own loss function then hands
+the loss back, if the record is what the family's facts say (registry.py). Without labels nothing of
+this happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_fused_head.functional import STAT_NAMES, LossStats
+from hf_fused_head.options import LossOptions, resolve_impl
+
+from . import neighbours, swap
+from .call import Call, LossArguments, PatchState, causal_convention
+from .errors import UnsupportedModelError
+from .heads import innermost_head, kind_of
+from .registry import facts_of, family_of
+from .settings import PatchOptions
+from .swap import STATE
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_refusals: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Why a model is stock although it was to be fused; the model itself carries no trace of it."""
+
+
+def apply_patch(
+    model: Model,
+    *,
+    impl: str = "auto",
+    memory_budget_mib: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    stats: Sequence[str] = (),
+    strict: bool = True,
+) -> Model:
+    """Makes a causal language model compute its loss inside its head, without logits.
+
+    `model(..., labels=labels)` then returns the stock loss and the stock gradients. Without labels
+    the forward is the stock one. Called again, it takes the new options.
+
+    Args:
+        model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.
+        impl: "auto", "triton", "torch" or "reference".
+        memory_budget_mib: Largest workspace of the loss; default 1024.
+        label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
+        z_loss: Factor on the squared log-sum-exp of each token that counts.
+        stats: Which of "accuracy" and "entropy" `last_stats` shall tell of every forward.
+        strict: Raise if the model cannot be fused; False warns once and leaves it stock.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be fused. What only a forward can tell is raised
+            by the first forward with labels, which leaves the model stock.
+        ValueError: If an option is out of range.
+        NotImplementedError: If the named `impl` does not support the model.
+    """
+    options = PatchOptions(
+        impl, memory_budget_mib, label_smoothing, z_loss, _checked_stats(stats), strict
+    )
+    LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)
+    if memory_budget_mib is not None and not memory_budget_mib > 0:
+        raise ValueError(
+            f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: None means "
+            "the default"
+        )
+    try:
+        target = _patchable(model)
+    except UnsupportedModelError as error:
+        if strict:
+            raise
+        _refuse_mildly(neighbours.unwrapped(model), error)
+        return model
+    head = _head_of(target)
+    parameter = next(head.parameters(), torch.empty(0))
+    if parameter.is_floating_point():
+        resolve_impl(impl, parameter.device, parameter.dtype)
+    state = target.__dict__.get(STATE) or PatchState(options)
+    state.options = options
+    _refusals.pop(target, None)
+    swap.swap(target, fused_model_class, state)
+    neighbours.compose(target, _run)
+    _adopt(head, state)
+    return model
+
+
+def remove_patch(model: Model) -> Model:
+    """Gives back exactly the model that came in; does nothing to a stock one.
+
+    Args:
+        model: What `apply_patch` was given, or what it has been wrapped into since.
+
+    Returns:
+        The same object.
+    """
+    target = neighbours.unwrapped(model)
+    if isinstance(target, nn.Module):
+        neighbours.decompose(target)
+        for module in list(swap.swapped_modules(target)):
+            swap.restore(module)
+    return model
+
+
+@contextlib.contextmanager
+def patched(
+    model: Model,
+    *,
+    impl: str = "auto",
+    memory_budget_mib: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    stats: Sequence[str] = (),
+    strict: bool = True,
+) -> Iterator[Model]:
+    """`apply_patch` for the time of a `with` block; undone also after an exception.
+
+    A model that was patched before gets its former options back. Takes the arguments of
+    `apply_patch` and yields the model.
+    """
+    target = neighbours.unwrapped(model)
+    state = target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
+    former = None if state is None else state.options
+    apply_patch(
+        model,
+        impl=impl,
+        memory_budget_mib=memory_budget_mib,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        stats=stats,
+        strict=strict,
+    )
+    try:
+        yield model
+    finally:
+        if state is not None and former is not None and STATE in target.__dict__:
+            state.options = former
+        else:
+            remove_patch(model)
+
+
+def last_stats(model: nn.Module) -> LossStats | None:
+    """Statistics of the last fused forward, detached.
+
+    Args:
+        model: A patched model.
+
+    Returns:
+        Those that `apply_patch(stats=...)` asked for beside the loss; None before the first fused
+        forward and where nothing was asked for.
+    """
+    state = state_of(model)
+    return None if state is None else state.stats
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """The state of a patched model, through its wrappers; None for a stock one."""
+    target = neighbours.unwrapped(model)
+    return target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
+
+
+def refusal_of(model: nn.Module) -> str | None:
+    """Why this stock model was refused; None where it was not."""
+    return _refusals.get(neighbours.unwrapped(model))
+
+
+def static_obstacle(target: Any) -> str | None:
+    """Why a model cannot be fused, as far as can be told without a forward."""
+    name = type(target).__name__
+    if not isinstance(target, PreTrainedModel):
+        return f"{name} is no transformers model: pass the model itself or a known wrapper of it"
+    head = target.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return f"{name} has no output embeddings: load it with its language modelling head"
+    parameters = inspect.signature(type(target).forward).parameters
+    if "labels" not in parameters and not any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    ):
+        return f"the forward of {name} takes no labels"
+    rival = neighbours.rival_of(target)
+    if rival is not None:
+        return rival
+    loss_function = target.loss_function
+    if not causal_convention(loss_function):
+        spelled = getattr(loss_function, "__qualname__", repr(loss_function))
+        return (
+            f"its loss function is {spelled}, not a cross-entropy of transformers: unset "
+            "model.loss_function or leave the model stock"
+        )
+    return neighbours.instance_forward_obstacle(target, name) or head_obstacle(head)
+
+
+def head_obstacle(head: nn.Module) -> str | None:
+    """Why a head's forward cannot be taken over."""
+    inner = innermost_head(head)
+    return neighbours.instance_forward_obstacle(inner, f"the head ({type(inner).__name__})")
+
+
+def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    unknown = [name for name in names if name not in STAT_NAMES]
+    if unknown:
+        raise ValueError(f"`stats` must name some of {STAT_NAMES}, got {unknown[0]!r}: leave it out")
+    return names
+
+
+def _patchable(model: Any) -> PreTrainedModel:
+    target = neighbours.unwrapped(model)
+    obstacle = static_obstacle(target)
+    if obstacle is not None:
+        raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
+    return cast(PreTrainedModel, target)
+
+
+def _refuse_mildly(target: nn.Module, error: UnsupportedModelError) -> None:
+    if isinstance(target, nn.Module):
+        _refusals[target] = str(error)
+    warnings.warn(
+        f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3
+    )
+
+
+def _head_of(model: Any) -> nn.Module:
+    return innermost_head(model.get_output_embeddings())
+
+
+def _adopt(head: nn.Module, state: PatchState) -> None:
+    """Makes `head` answer the calls of `state`."""
+    if head.__dict__.get(STATE) is state and swap.swapped_class(type(head)) is not None:
+        return
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            "the head was replaced since apply_patch: call apply_patch again before torch.compile"
+        )
+    obstacle = head_obstacle(head)
+    if obstacle is not None:
+        raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
+    swap.swap(head, fused_head_class, state)
+
+
+@functools.cache
+def fused_model_class(base: type) -> type:
+    """`base` with a forward that opens a call, and a loss function that hands its loss back."""
+    stock_forward, stock_loss = base.forward, base.loss_function
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, STATE, None)
+        stock = functools.partial(stock_forward, self)
+        if state is None:
+            return stock(*args, **kwargs)
+        return _run(self, state, stock, args, kwargs)
+
+    def loss_function(self: Any) -> Any:
+        state = getattr(self, STATE, None)
+        call = None if state is None else state.current()
+        return stock_loss.fget(self) if call is None else call.hand_back
+
+    namespace = {
+        "forward": swap.method_like(stock_forward, forward),
+        "loss_function": property(loss_function, stock_loss.fset),
+        "_fused_labels": _positions(stock_forward),
+        "_fused_maker": fused_model_class,
+    }
+    return swap.make_subclass(base, namespace)
+
+
+@functools.cache
+def fused_head_class(base: type) -> type:
+    """`base` with a forward that answers an open call with the loss."""
+    stock_forward, kind = base.forward, kind_of(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, STATE, None)
+        call = None if state is None else state.current()
+        if call is None or call.head is not self:
+            return stock_forward(self, *args, **kwargs)
+        return call.answer(kind, stock_forward, args, kwargs)
+
+    namespace = {
+        "forward": swap.method_like(stock_forward, forward),
+        "_fused_maker": fused_head_class,
+    }
+    return swap.make_subclass(base, namespace)
+
+
+def _positions(forward: Callable[..., Any]) -> dict[str, int]:
+    """Where a forward takes the arguments of the loss, `self` not counted."""
+    names = list(inspect.signature(forward).parameters)[1:]
+    return {name: names.index(name) for name in LossArguments._fields if name in names}
+
+
+def _loss_arguments(
+    positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LossArguments | None:
+    """What the forward was given for its loss; None without labels."""
+    found = {}
+    for name in LossArguments._fields:
+        value = kwargs.get(name)
+        if name in positions and positions[name] < len(args):
+            value = args[positions[name]]
+        if value is not None:
+            found[name] = value
+    return LossArguments(**found) if "labels" in found else None
+
+
+def _run(
+    model: Any,
+    state: PatchState,
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The stock forward, inside a call where there are labels and none is open already."""
+    arguments = _loss_arguments(type(model)._fused_labels, args, kwargs)
+    if arguments is None:
+        return stock(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        return _open(model, state, arguments).run(stock, args, kwargs)
+    try:
+        return _open(model, state, arguments).run(stock, args, kwargs)
+    except UnsupportedModelError as error:
+        remove_patch(model)
+        if state.options.strict or kwargs.get("past_key_values") is not None:
+            _refusals[model] = str(error)
+            raise
+        _refuse_mildly(model, error)
+        return stock(*args, **kwargs)
+
+
+def _open(model: Any, state: PatchState, arguments: LossArguments) -> Call:
+    head = _head_of(model)
+    _adopt(head, state)
+    neighbours.refuse_backward_hooks(head)
+    loss_function = model.loss_function
+    if not causal_convention(loss_function):
+        spelled = getattr(loss_function, "__qualname__", repr(loss_function))
+        raise UnsupportedModelError(
+            f"model.loss_function must be a cross-entropy of transformers, got {spelled}: unset it "
+            "or leave the model stock (remove_patch)"
+        )
+    facts = facts_of(model, family_of(model))
+    replica = getattr(model, "_is_replica", False)
+    return Call(state, head, arguments, loss_function, facts, replica)

@@ -1,0 +1,342 @@
+"""One forward with labels: opened by the model, answered by its head, checked, closed.
+
+The state of a patched model outlives its forwards; a call lives for one forward in one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+from hf_fused_head.functional import LossStats
+from hf_fused_head.options import LossOptions
+
+from .deferred import ReplicaLogits, UnavailableLogits, deferred_logits
+from .errors import LogitsUnavailableError, UnsupportedModelError
+from .heads import HeadLoss, head_loss
+from .logits_source import LogitsSource
+from .registry import Facts
+from .settings import LossSettings, PatchOptions
+from .trace import HeadTrace, observed_facts, same_facts
+
+_COMPILED = 0
+"""The key of calls under torch.compile, which cannot ask for the thread; no thread has it."""
+
+
+class LossArguments(NamedTuple):
+    """What the stock loss function is given beside the logits."""
+
+    labels: Tensor
+    shift_labels: Tensor | None = None
+    num_items_in_batch: int | Tensor | None = None
+    ignore_index: int = -100
+
+
+class LastForward(NamedTuple):
+    """What the report tells of the last fused forward."""
+
+    num_tokens: int
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    kind: str
+    grad_hidden: bool
+    grad_weight: bool
+
+
+class PatchState:
+    """What a patched model and its head share: options, open calls, what the last forward left."""
+
+    def __init__(self, options: PatchOptions) -> None:
+        self.options = options
+        self.calls: dict[int, Call | None] = {}
+        self.stats: LossStats | None = None
+        self.last: LastForward | None = None
+        self.rowwise_heads: set[type] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle starts without the calls and results of the original.
+        return {"options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        PatchState.__init__(self, state["options"])
+
+    def current(self) -> Call | None:
+        """The open call of this thread, or of the compiled region that it runs."""
+        return self.calls.get(_key()) or self.calls.get(_COMPILED)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Runs the stock forward of the head, whatever call is open."""
+        saved = {key: self.calls.pop(key) for key in (_key(), _COMPILED) if key in self.calls}
+        try:
+            yield
+        finally:
+            self.calls.update(saved)
+
+
+def _key() -> int:
+    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Call:
+    """One forward with labels.
+
+    Args:
+        state: That of the patched model.
+        head: The module that makes the logits in this forward.
+        arguments: What the loss will be asked for.
+        loss_function: The stock loss function of the model.
+        facts: What the model is expected to do to its head's output.
+        replica: The model is a replica of `DataParallel`.
+    """
+
+    def __init__(
+        self,
+        state: PatchState,
+        head: nn.Module,
+        arguments: LossArguments,
+        loss_function: Callable[..., Any],
+        facts: Facts,
+        replica: bool,
+    ) -> None:
+        self.state = state
+        self.head = head
+        self.arguments = arguments
+        self.loss_function = loss_function
+        self.facts = facts
+        self.replica = replica
+        self.head_has_run = False
+        self.handed_back = False
+        self.vocab_size = 0
+        self.loss: Tensor | None = None
+        self.source: LogitsSource | None = None
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The stock forward, its head answered by `answer` and its loss by `hand_back`."""
+        calls, key = self.state.calls, _key()
+        outer = calls.get(key)
+        calls[key] = self
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            if outer is None:
+                del calls[key]
+            else:
+                calls[key] = outer
+        if not self.handed_back:
+            raise UnsupportedModelError(
+                "the model's forward must compute its loss with `self.loss_function`, got a loss "
+                "from elsewhere: leave this model stock (remove_patch)"
+            )
+        return self._settled(output)
+
+    def answer(self, kind: str, stock_forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The head's output: the loss, in the guise of logits."""
+        if self.head_has_run:
+            raise UnsupportedModelError(
+                "the head must run once a forward, got a second time: leave this model stock "
+                "(remove_patch)"
+            )
+        self.head_has_run = True
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise UnsupportedModelError(
+                f"the head must be called with the hidden states alone, got {len(args)} arguments "
+                f"and keywords {sorted(kwargs)}: leave this model stock (remove_patch)"
+            )
+        hidden = args[0]
+        target = self._target(hidden)
+        base = type(self.head)
+        verify = base not in self.state.rowwise_heads
+        result = head_loss(
+            kind, self.head, stock_forward, hidden, target, self._settings(), verify
+        )
+        self._note(base, hidden, target, result)
+        self.vocab_size = result.vocab_size
+        shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
+        self.loss = result.stats.loss
+        # Gathering the outputs of replicas would make the logits of every training step.
+        unreadable = self.replica and torch.is_grad_enabled()
+        if not torch.compiler.is_compiling() and not unreadable:
+            self.source = LogitsSource(
+                self.head, hidden, shape, hidden.device, self.state.suspended
+            )
+        return HeadTrace(result.stats.loss, self, shape, result.dtype, hidden.device)
+
+    def _target(self, hidden: Tensor) -> Tensor:
+        """The labels as the stock loss function shifts them, on the device of the head."""
+        labels, shift_labels, _, ignore_index = self.arguments
+        if self.loss_function is ForMaskedLMLoss:
+            target = labels
+        elif shift_labels is None:
+            target = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+        else:
+            target = shift_labels
+        rows = hidden.shape[:-1].numel()
+        if target.numel() != rows:
+            raise ValueError(
+                f"Expected input batch_size ({rows}) to match target batch_size "
+                f"({target.numel()}): with logits_to_keep, pass the labels of the kept positions "
+                "only"
+            )
+        return target.to(hidden.device)
+
+    def _settings(self) -> LossSettings:
+        options = self.state.options
+        loss_options = LossOptions(
+            ignore_index=self.arguments.ignore_index,
+            label_smoothing=options.label_smoothing,
+            logit_scale=self.facts.logit_scale,
+            softcap=self.facts.softcap,
+            z_loss=options.z_loss,
+        )
+        return LossSettings(
+            loss_options,
+            self.arguments.num_items_in_batch,
+            options.impl,
+            options.memory_budget_mib,
+            options.stats,
+        )
+
+    def _note(self, base: type, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
+        """Leaves behind what `last_stats` and `patch_report` tell."""
+        state = self.state
+        if state.options.stats:
+            # The stock forward may add to the loss in place, so the statistics keep their own.
+            loss = result.stats.loss.detach().clone()
+            state.stats = result.stats._replace(loss=loss)
+        if torch.compiler.is_compiling():
+            return
+        state.rowwise_heads.add(base)
+        state.last = LastForward(
+            target.numel(),
+            hidden.shape[-1],
+            result.vocab_size,
+            hidden.dtype,
+            hidden.device,
+            result.kind,
+            torch.is_grad_enabled() and hidden.requires_grad,
+            torch.is_grad_enabled() and any(p.requires_grad for p in self.head.parameters()),
+        )
+
+    def hand_back(
+        self,
+        logits: Any,
+        labels: Any = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The finished loss, in the place of the stock loss function, once everything fits."""
+        if not isinstance(logits, HeadTrace) or logits.call is not self:
+            raise UnsupportedModelError(
+                "the loss must be computed from the output of get_output_embeddings(), got logits "
+                "from elsewhere: leave this model stock (remove_patch)"
+            )
+        if self.handed_back:
+            raise UnsupportedModelError(
+                "the loss function must be called once a forward, got a second time: leave this "
+                "model stock (remove_patch)"
+            )
+        given = LossArguments(labels, shift_labels, num_items_in_batch, ignore_index)
+        for name, expected, got in zip(given._fields, self.arguments, given, strict=True):
+            if not _same(expected, got):
+                raise UnsupportedModelError(
+                    f"the loss must get the `{name}` that the forward was called with, got another "
+                    "one: this model changes it on the way, leave it stock (remove_patch)"
+                )
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise UnsupportedModelError(
+                f"the loss must cover the {self.vocab_size} rows of the head, got vocab_size="
+                f"{vocab_size}: resize the head or the config, or leave the model stock"
+            )
+        self._check_facts(logits)
+        self.handed_back = True
+        return self._finished(logits)
+
+    def _check_facts(self, logits: HeadTrace) -> None:
+        observed = observed_facts(logits.steps)
+        if not same_facts(observed, self.facts):
+            raise UnsupportedModelError(
+                "the model's forward must do to the logits what is known of its class, "
+                f"{_spell(self.facts)}, got {_spell(Facts(*observed))} by "
+                f"{[step.name for step in logits.steps]}: leave this model stock (remove_patch)"
+            )
+
+    def _finished(self, logits: HeadTrace) -> Tensor:
+        loss, made = logits.loss, self.loss
+        if made is not None and loss.dtype != made.dtype:
+            # FSDP casts a module's outputs: the value is known exactly, the path must stay.
+            loss = _WithValue.apply(loss, made.detach())
+        num_items = self.arguments.num_items_in_batch
+        if isinstance(num_items, Tensor) and num_items.dim():
+            return loss.reshape(num_items.shape)
+        # Mixture-of-experts models add their auxiliary loss in place.
+        return loss.clone()
+
+    def logits(self, trace: HeadTrace) -> Tensor:
+        """Real logits in the place of the stand-in; they can be read after the loss only."""
+        if self.source is None:
+            raise LogitsUnavailableError(
+                "the logits of a compiled or replicated fused forward do not exist: call the model "
+                "without labels or use remove_patch(model)"
+            )
+        return deferred_logits(self.source, trace.steps, trace.dtype)
+
+    def _settled(self, output: Any) -> Any:
+        """The stock output with logits that can be asked, where the stand-in is."""
+        if self.source is not None:
+            self.source.settle()
+        if isinstance(output, tuple):
+            values = [self._readable(value) for value in output]
+            return type(output)(*values) if hasattr(output, "_fields") else tuple(values)
+        if isinstance(output, dict):
+            for name in list(output.keys()):
+                if isinstance(output[name], HeadTrace):
+                    output[name] = self._readable(output[name])
+        return output
+
+    def _readable(self, value: Any) -> Any:
+        if not isinstance(value, HeadTrace):
+            return value
+        if self.source is not None:
+            return self.logits(value)
+        return ReplicaLogits() if self.replica else UnavailableLogits()
+
+
+class _WithValue(torch.autograd.Function):
+    """The value of the second argument on the path of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = path.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def causal_convention(loss_function: Any) -> bool:
+    """Whether this is a loss function of transformers that the fused loss stands for."""
+    return loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+
+
+def _same(expected: Any, got: Any) -> bool:
+    if isinstance(expected, Tensor) or isinstance(got, Tensor):
+        return expected is got
+    return expected == got
+
+
+def _spell(facts: Facts) -> str:
+    return f"scale {facts.logit_scale:g} and softcap {facts.softcap}"
+

@@ -1,0 +1,183 @@
+"""The loss of a head that cannot be taken apart: its own forward, on a few tokens at a time.
+
+DoRA, trainable tokens, quantised layers and modules of the user know themselves how their logits
+come about. Each chunk's logits live until its losses are out and come again in the backward
+(checkpointing), so no more than the memory budget is taken, and autograd finds every parameter
+that the module uses, wherever it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hf_fused_head.functional import LossStats
+from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+
+from .errors import UnsupportedModelError
+from .settings import LossSettings
+
+# Logits, their float32 copy, its log-softmax and the gradient of it live at the same time.
+_COPIES_OF_A_CHUNK = 4
+_FLOAT_BYTES = 4
+
+HeadForward = Callable[[Tensor], Tensor]
+
+
+def chunked_cross_entropy(
+    head_forward: HeadForward, hidden: Tensor, target: Tensor, settings: LossSettings
+) -> tuple[LossStats, int, torch.dtype]:
+    """Loss, vocabulary size and dtype of the logits.
+
+    Args:
+        head_forward: `[N, hidden] -> [N, vocab]`, each row for itself.
+        hidden: [..., hidden].
+        target: [...], int64, as many as hidden states.
+        settings: What the loss is; its float operations are float32.
+
+    Raises:
+        UnsupportedModelError: If the head returns no row of logits for each token.
+        ValueError: If a label is no class.
+    """
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    keep = labels != settings.options.ignore_index
+    rows = keep.nonzero()[:, 0]
+    chunks = _run_chunks(head_forward, flat, labels, rows, settings)
+    total = torch.stack([chunk.total for chunk in chunks]).sum()
+    num_valid = keep.sum()
+    items = num_valid if settings.num_items is None else settings.num_items
+    if isinstance(items, Tensor):
+        items = items.reshape(()).to(total.device)
+
+    def scattered(index: int) -> Tensor:
+        values = torch.cat([chunk.rows[index] for chunk in chunks])
+        return values.new_zeros(labels.shape).index_copy(0, rows, values).reshape(target.shape)
+
+    stats = LossStats(
+        loss=total / items,
+        nll=scattered(0),
+        lse=scattered(1),
+        entropy=scattered(2) if "entropy" in settings.stats else None,
+        correct=scattered(3) if "accuracy" in settings.stats else None,
+        num_valid=num_valid,
+    )
+    return stats, chunks[0].vocab_size, chunks[0].dtype
+
+
+def _run_chunks(
+    head_forward: HeadForward, flat: Tensor, labels: Tensor, rows: Tensor, settings: LossSettings
+) -> list[_Chunk]:
+    if rows.numel() == 0:
+        # Nothing counts, yet the loss stays connected to what it would depend on.
+        chunk = _Chunk.run(head_forward, flat[:1], labels[:1] * 0, settings)
+        chunk.total = chunk.total * 0.0
+        chunk.rows = tuple(value[:0] for value in chunk.rows)
+        return [chunk]
+    # The first chunk, one row, tells the size of the vocabulary and the dtype.
+    first = _Chunk.run(head_forward, flat[rows[:1]], labels[rows[:1]], settings)
+    size = _chunk_tokens(first.vocab_size, settings.memory_budget_mib)
+    rest = rows[1:].split(size) if rows.numel() > 1 else ()
+    return [first, *(_Chunk.run(head_forward, flat[p], labels[p], settings) for p in rest)]
+
+
+class _Chunk:
+    """Some rows: the sum of their losses, their statistics, and what the logits looked like."""
+
+    def __init__(self) -> None:
+        self.vocab_size = 0
+        self.dtype = torch.float32
+        self.total = torch.empty(())
+        self.rows: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def run(
+        cls, head_forward: HeadForward, hidden: Tensor, labels: Tensor, settings: LossSettings
+    ) -> _Chunk:
+        """The losses of these rows, their logits gone again."""
+        chunk = cls()
+        run = checkpoint if torch.is_grad_enabled() and labels.numel() else _call
+        chunk.total, *chunk.rows = run(
+            chunk._losses, head_forward, hidden, labels, settings, use_reentrant=False
+        )
+        return chunk
+
+    def _losses(
+        self, head_forward: HeadForward, hidden: Tensor, labels: Tensor, settings: LossSettings
+    ) -> tuple[Tensor, ...]:
+        options = settings.options
+        logits = head_forward(hidden)
+        if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
+            raise UnsupportedModelError(
+                f"the head must map (tokens, hidden) to (tokens, vocab), got "
+                f"{tuple(logits.shape)} for {labels.shape[0]} tokens: leave this model stock "
+                "(remove_patch)"
+            )
+        self.vocab_size, self.dtype = logits.shape[1], logits.dtype
+        _check_labels(labels, self.vocab_size)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = logits * options.logit_scale
+            if options.softcap is not None:
+                logits = options.softcap * torch.tanh(logits / options.softcap)
+            log_probs = logits.log_softmax(-1)
+            nll = -log_probs.gather(1, labels[:, None])[:, 0]
+            lse = logits.logsumexp(-1)
+            losses = nll
+            if options.label_smoothing > 0:
+                spread = -log_probs.mean(-1)
+                losses = (1 - options.label_smoothing) * nll + options.label_smoothing * spread
+            if options.z_loss > 0:
+                losses = losses + options.z_loss * lse.square()
+            with torch.no_grad():
+                entropy = -(log_probs.exp() * log_probs).sum(-1)
+                correct = logits.argmax(-1) == labels
+        return losses.sum(), nll.detach(), lse.detach(), entropy, correct
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    bad = labels[(labels < 0) | (labels >= vocab_size)]
+    if bad.numel():
+        raise ValueError(
+            f"`labels` must hold class ids in [0, {vocab_size}) or the ignored one, got "
+            f"{int(bad[0])}: check that the tokenizer and the head agree on the vocabulary size"
+        )
+
+
+def _call(function: Callable[..., tuple[Tensor, ...]], *args: object, use_reentrant: bool) -> tuple:
+    del use_reentrant
+    return function(*args)
+
+
+def _chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
+    mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
+    return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
+
+
+def check_rows(head_forward: HeadForward, hidden: Tensor) -> None:
+    """Refuses a head that mixes tokens, seen by running one row alone and beside another.
+
+    Args:
+        head_forward: The head's forward.
+        hidden: [..., hidden].
+
+    Raises:
+        UnsupportedModelError: If the first row's logits change with the second row's presence.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])[:2]
+    with torch.no_grad(), torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        together, alone, again = head_forward(rows), head_forward(rows[:1]), head_forward(rows[:1])
+    noise = (again.double() - alone.double()).abs().max()
+    if together.shape[1:] != alone.shape[1:]:
+        difference, scale = float("inf"), 1.0
+    else:
+        difference = (together[:1].double() - alone.double()).abs().max() - noise
+        scale = alone.double().abs().max()
+    # Another batch size may pick another kernel: its rounding is allowed, a mixture is not.
+    if difference > 0.05 * scale:
+        raise UnsupportedModelError(
+            "the head's logits of a token must not depend on other tokens, got a module that "
+            "mixes them: leave this model stock (remove_patch)"
+        )

@@ -1,0 +1,30 @@
+"""A family of models as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the loss must know of a family of models; everything else is the stock forward's.
+
+    Attributes:
+        name: Name for people.
+        classes: Names of the classes that share these facts, subclasses included.
+        transformers: The version whose source they were read from.
+        scale_field: Config field of the factor on the logits; None for none.
+        scale_divides: The logits are divided by the field, not multiplied.
+        softcap_field: Config field of the cap (its value may be None); None for no cap.
+        bias: Whether the head has a bias.
+        extras: What the stock forward adds to the loss by itself, for people.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    transformers: str
+    scale_field: str | None = None
+    scale_divides: bool = False
+    softcap_field: str | None = None
+    bias: bool = False
+    extras: str = ""

@@ -1,0 +1,55 @@
+"""Gemma and its relatives: tied heads over large vocabularies, capped from Gemma 2 on.
+
+Gemma 1 is Llama's lines. The others stand for these of `Gemma2ForCausalLM.forward` (and the same
+in Gemma 3, 3n, 4 and VaultGemma; RecurrentGemma and the models with images spell them otherwise),
+read at transformers 5.17; the field may be None, then nothing is capped::
+
+    logits = self.lm_head(hidden_states[:, slice_indices, :])
+    if self.config.final_logit_softcapping is not None:
+        logits = logits / self.config.final_logit_softcapping
+        logits = torch.tanh(logits)
+        logits = logits * self.config.final_logit_softcapping
+    loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+
+`Gemma3ForConditionalGeneration` has the field in its text config and never reads it: it is plain,
+so it is not listed.
+"""
+
+from __future__ import annotations
+
+from .family import Family
+
+FAMILIES = (
+    Family(name="Gemma", classes=("GemmaForCausalLM",), transformers="5.17"),
+    Family(
+        name="Gemma 2 / 3",
+        classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        transformers="5.17",
+        softcap_field="final_logit_softcapping",
+    ),
+    Family(
+        name="Gemma 3n / 4",
+        classes=(
+            "Gemma3nForCausalLM",
+            "Gemma3nForConditionalGeneration",
+            "Gemma4ForCausalLM",
+            "Gemma4ForConditionalGeneration",
+            "Gemma4UnifiedForCausalLM",
+            "Gemma4UnifiedForConditionalGeneration",
+        ),
+        transformers="5.17",
+        softcap_field="final_logit_softcapping",
+    ),
+    Family(
+        name="VaultGemma",
+        classes=("VaultGemmaForCausalLM",),
+        transformers="5.17",
+        softcap_field="final_logit_softcapping",
+    ),
+    Family(
+        name="RecurrentGemma",
+        classes=("RecurrentGemmaForCausalLM",),
+        transformers="5.17",
+        softcap_field="logits_soft_cap",
+    ),
+)

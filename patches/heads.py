@@ -1,0 +1,210 @@
+"""How each kind of head becomes operands of the fused loss, inside the head's own forward.
+
+There the parameters are gathered, cast and hooked as the stock forward would find them. A plain
+linear layer is one pair (hidden states, weight); a LoRA layer adds one small pair for each active
+adapter, `(scale * A(dropout(x)), B)`, so that no copy of the large weight is made. Every other
+module is not taken apart: its own forward runs on a few tokens at a time.
+
+A kind is decided by a layer's class, once; what its adapters are switched to is read on every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_fused_head.functional import LossStats, operand_cross_entropy
+
+from .chunked import check_rows, chunked_cross_entropy
+from .errors import UnsupportedModelError
+from .logits_source import ComputeMode
+from .settings import LossSettings
+
+LINEAR = "linear"
+CONV1D = "conv1d"
+LORA = "lora"
+MODULE = "module"
+
+
+class HeadLoss(NamedTuple):
+    """The loss of a head and the metadata of the logits that were not made."""
+
+    stats: LossStats
+    vocab_size: int
+    dtype: torch.dtype
+    kind: str
+
+
+class LinearOperands(NamedTuple):
+    """A head as sums of products: `logits = sum_i X_i @ W_i.T + bias`."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    bias: Tensor | None
+
+
+def kind_of(cls: type) -> str:
+    """The kind of heads of this class; `cls` is the class as it was before any swap."""
+    if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward:
+        return LINEAR
+    conv1d = _loaded("transformers.pytorch_utils", "Conv1D")
+    if conv1d is not None and issubclass(cls, conv1d) and cls.forward is conv1d.forward:
+        return CONV1D
+    lora = _loaded("peft.tuners.lora.layer", "Linear")
+    if lora is not None and issubclass(cls, lora) and cls.forward is lora.forward:
+        return LORA
+    return MODULE
+
+
+def innermost_head(module: nn.Module) -> nn.Module:
+    """The module that makes the logits, under wrappers that only choose or gather.
+
+    PEFT's `modules_to_save` runs the active adapter's copy of the head, or the original one while
+    adapters are disabled; FSDP1's wrapper runs the module inside.
+    """
+    while True:
+        inner = _passed_through(module)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _passed_through(module: nn.Module) -> nn.Module | None:
+    children = module._modules
+    if "modules_to_save" in children and "original_module" in children:
+        active = module.active_adapters
+        copies = children["modules_to_save"]
+        if module.disable_adapters or not active or active[0] not in copies:
+            return children["original_module"]
+        return copies[active[0]]
+    return children.get("_fsdp_wrapped_module")
+
+
+def head_loss(
+    kind: str,
+    head: Any,
+    stock_forward: Any,
+    hidden: Tensor,
+    target: Tensor,
+    settings: LossSettings,
+    verify_rows: bool,
+) -> HeadLoss:
+    """The loss of `head` on `hidden` without its logits.
+
+    Args:
+        kind: What `kind_of` says of the head's class.
+        head: The head, called from inside its forward.
+        stock_forward: The forward of its class as it was before the swap.
+        hidden: [..., hidden].
+        target: [...], int64, shifted, on the device of `hidden`.
+        settings: What the loss is and how it may be computed.
+        verify_rows: Try out that a module that is not taken apart treats every token by itself.
+
+    Raises:
+        UnsupportedModelError: If the weight is sharded here, or the head mixes tokens.
+    """
+    operands = _operands(kind, head, hidden)
+    if operands is None:
+        forward = functools.partial(stock_forward, head)
+        if verify_rows and not torch.compiler.is_compiling():
+            check_rows(forward, hidden)
+        stats, vocab_size, dtype = chunked_cross_entropy(forward, hidden, target, settings)
+        return HeadLoss(stats, vocab_size, dtype, MODULE)
+    weight = operands.pairs[0][1]
+    # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
+    pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
+    stats = operand_cross_entropy(
+        pairs,
+        target,
+        settings.options,
+        linear_bias=operands.bias,
+        num_items=settings.num_items,
+        impl=settings.impl,
+        memory_budget_mib=settings.memory_budget_mib,
+        stats=settings.stats,
+    )
+    if torch.compiler.is_compiling():
+        dtype = weight.dtype
+    else:
+        dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
+    return HeadLoss(stats, weight.shape[0], dtype, kind)
+
+
+def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
+    """The head as products, or None where only its own forward can tell."""
+    if kind == LORA:
+        return _lora_operands(head, hidden)
+    if kind in (LINEAR, CONV1D):
+        return _linear_operands(kind, head, hidden)
+    return None
+
+
+def _linear_operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
+    weight, bias = head.weight, head.bias
+    if type(weight).__name__ == "DTensor":
+        raise UnsupportedModelError(
+            "the head's weight is sharded inside its own forward (DTensor): tensor parallel heads "
+            "are not supported, leave lm_head out of the plan or the model stock (remove_patch)"
+        )
+    # A quantised weight is a tensor subclass or no float: only the layer knows how to use it.
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return None
+    if weight.dim() != 2:
+        return None
+    return LinearOperands([(hidden, weight.t() if kind == CONV1D else weight)], bias)
+
+
+def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:
+    """`base(x) + sum_a scale_a * B_a(A_a(dropout_a(x)))` as pairs, read as PEFT's forward does."""
+    if head.disable_adapters and head.merged:
+        head.unmerge()
+    base = head.base_layer
+    base_kind = base_kind_of(base)
+    if base_kind is None or _is_watched(base):
+        return None
+    operands = _linear_operands(base_kind, base, hidden)
+    if operands is None or head.disable_adapters or head.merged:
+        return operands
+    pairs, bias = operands
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        second = head.lora_B[name]
+        if name in head.lora_variant or base_kind_of(second) != LINEAR or _is_watched(second):
+            return None
+        adapted = head._cast_input_dtype(hidden, head.lora_A[name].weight.dtype)
+        scaling = head.scaling[name]
+        low_rank = head.lora_A[name](head.lora_dropout[name](adapted)) * scaling
+        # PEFT keeps adapters in float32 beside a half precision base and rounds their sum to the
+        # base's dtype; here the small factors are rounded, since all operands share one dtype.
+        dtype = hidden.dtype
+        pairs.append((low_rank.to(dtype), second.weight.to(dtype)))
+        if second.bias is not None:
+            extra = (second.bias * scaling).to(dtype)
+            bias = extra if bias is None else bias + extra
+    return LinearOperands(pairs, bias)
+
+
+def base_kind_of(module: nn.Module) -> str | None:
+    """LINEAR or CONV1D for layers whose weight may be read; None for others."""
+    kind = kind_of(getattr(type(module), "_fused_base", type(module)))
+    return kind if kind in (LINEAR, CONV1D) else None
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether calling the module does more than its forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of a library that is in use already; None where nobody has imported it."""
+    return getattr(sys.modules.get(module), name, None)

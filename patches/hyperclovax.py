@@ -1,0 +1,20 @@
+"""HyperCLOVA X: logits multiplied by the field that divides in Granite.
+
+Stands for these lines of `HyperCLOVAXForCausalLM.forward`, read at transformers 5.17::
+
+    logits = self.lm_head(hidden_states[:, slice_indices, :]) * self.config.logits_scaling
+    loss = self.loss_function(logits=logits, labels=labels, vocab_size=..., **kwargs)
+"""
+
+from __future__ import annotations
+
+from .family import Family
+
+FAMILIES = (
+    Family(
+        name="HyperCLOVA X",
+        classes=("HyperCLOVAXForCausalLM",),
+        transformers="5.17",
+        scale_field="logits_scaling",
+    ),
+)

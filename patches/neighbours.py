@@ -1,0 +1,166 @@
+"""Who else has put hands on a model: which wrappers are followed, which are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+from .swap import STATE
+
+# Their forwards compute another loss in the place of the stock one, on the class or the instance.
+_RIVALS = {
+    "liger_kernel": "load the model without use_liger_kernel and apply_liger_kernel_to_*",
+    "cut_cross_entropy": "leave out cce_patch",
+    "unsloth": "load the model with transformers instead of FastLanguageModel",
+    "unsloth_zoo": "load the model with transformers instead of FastLanguageModel",
+    "trl": "leave out the trainer's own chunked or Liger loss",
+    "axolotl": "leave out the cut_cross_entropy plugin",
+}
+# Their wrappers call the forward that they wrapped with the arguments that they were given.
+_TRANSPARENT = ("accelerate", "torch")
+_MAX_WRAPPERS = 100
+
+
+class ComposedForward:
+    """A forward that was on the instance before the patch, inside ours.
+
+    accelerate's mixed precision puts the model's forward, wrapped in autocast, on the instance,
+    where a class swap does not reach. It stays in use, as `inner`, and comes back with
+    `remove_patch`.
+    """
+
+    def __init__(self, model: nn.Module, inner: Callable[..., Any], run: Callable[..., Any]) -> None:
+        self.model = model
+        self.inner = inner
+        self.run = run
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.model.__dict__.get(STATE)
+        if state is None:
+            return self.inner(*args, **kwargs)
+        return self.run(self.model, state, self.inner, args, kwargs)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside torch.compile, PEFT, DDP, DeepSpeed and FSDP1 wrappers."""
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        inner = _inside(model)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _inside(model: Any) -> Any:
+    children = model._modules
+    if "_orig_mod" in children:
+        return children["_orig_mod"]
+    if "_fsdp_wrapped_module" in children:
+        return children["_fsdp_wrapped_module"]
+    is_peft = any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__)
+    if is_peft and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return children.get("module")
+
+
+def rival_of(model: nn.Module) -> str | None:
+    """Why the model's forward is no stock forward any more, with the remedy; None when it is."""
+    for function in _chain(model.forward):
+        package = _module_of(function).split(".")[0]
+        if package in _RIVALS:
+            return (
+                f"its forward was replaced by {_module_of(function)}, which computes a loss of its "
+                f"own: {_RIVALS[package]}, then apply_patch"
+            )
+    return None
+
+
+def instance_forward_obstacle(module: nn.Module, name: str) -> str | None:
+    """Why a forward on the instance cannot be composed with; None when it can or there is none."""
+    forward = module.__dict__.get("forward")
+    if forward is None or isinstance(forward, ComposedForward) or has_device_hook(module):
+        return None
+    owner = type(module).__mro__
+    own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]
+    for function in _chain(forward):
+        if function in own or getattr(function, "_fused_forward", False):
+            return None
+        package = _module_of(function).split(".")[0]
+        if package not in _TRANSPARENT:
+            return (
+                f"somebody has put a forward on {name}, {_name_of(function)}: apply_patch before "
+                "that, or leave this model stock"
+            )
+    return f"somebody has put a forward on {name} that does not lead to its class's forward"
+
+
+def runs_ours(model: nn.Module) -> bool:
+    """Whether calling the model still reaches the fused forward."""
+    if has_device_hook(model):
+        return _is_ours(model.__dict__["_old_forward"])
+    return any(_is_ours(function) for function in _chain(model.forward))
+
+
+def has_device_hook(module: nn.Module) -> bool:
+    """Whether accelerate's device hooks call the forward through `_old_forward`."""
+    return "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
+
+
+def compose(model: nn.Module, run: Callable[..., Any]) -> None:
+    """Puts ours around a forward on the instance that does not lead to ours already."""
+    forward = model.__dict__.get("forward")
+    if forward is None or has_device_hook(model) or isinstance(forward, ComposedForward):
+        return
+    if not any(_is_ours(function) for function in _chain(forward)):
+        model.__dict__["forward"] = ComposedForward(model, forward, run)
+
+
+def decompose(model: nn.Module) -> None:
+    """Puts the forward back that `compose` found."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, ComposedForward):
+        model.__dict__["forward"] = forward.inner
+
+
+def refuse_backward_hooks(head: nn.Module) -> None:
+    """A full backward hook waits for the gradient of logits, which never comes."""
+    if head._backward_hooks or head._backward_pre_hooks:
+        raise UnsupportedModelError(
+            "a backward hook on the head needs the gradient of the logits, which the fused head "
+            "never makes: remove the hook or leave this model stock (remove_patch)"
+        )
+
+
+def _is_ours(function: Any) -> bool:
+    return isinstance(function, ComposedForward) or getattr(function, "_fused_forward", False)
+
+
+def _chain(forward: Any) -> list[Any]:
+    """The forward and what it wraps, as far as wrappers tell."""
+    found: list[Any] = []
+    while forward is not None and len(found) < _MAX_WRAPPERS:
+        forward = getattr(forward, "__func__", forward)
+        found.append(forward)
+        inner = getattr(forward, "__wrapped__", None)
+        forward = getattr(forward, "func", None) if inner is None else inner
+    return found
+
+
+def _module_of(function: Any) -> str:
+    # Wrapped callables copy the module name of what they wrap, so their own class counts too.
+    own = getattr(function, "__code__", None)
+    if own is not None:
+        return function.__globals__.get("__name__", "")
+    return type(function).__module__
+
+
+def _name_of(function: Any) -> str:
+    return f"{_module_of(function)}.{getattr(function, '__qualname__', type(function).__name__)}"

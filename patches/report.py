@@ -1,0 +1,167 @@
+"""Am I fused? The answer for people and for training jobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fused_head.options import resolve_impl
+from hf_fused_head.schedule import plan
+
+from . import neighbours
+from .adapter import refusal_of, state_of, static_obstacle
+from .call import LastForward, PatchState
+from .heads import MODULE, innermost_head, kind_of
+from .registry import facts_of, family_of
+from .swap import swapped_class
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What stands between a model and its loss.
+
+    Attributes:
+        fused: Whether the next forward with labels computes the loss inside the head.
+        reason: Why, or why not.
+        family: Name of the family whose facts are used, "" for none.
+        scale: Factor on the logits.
+        softcap: Cap of the logits, None for none.
+        bias: Whether the head has a bias.
+        tied: Whether the head shares its weight with the input embeddings.
+        wrapper: What is around the head's weight: "none", "LoRA", the name of a class, ...
+        sharding: "none", or the placements of the head's weight.
+        kernel: The engine that computes the loss, and why.
+        schedule: How the last fused forward ran; "" before it.
+    """
+
+    fused: bool
+    reason: str
+    family: str = ""
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: bool = False
+    tied: bool = False
+    wrapper: str = "none"
+    sharding: str = "none"
+    kernel: str = ""
+    schedule: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"fused: {'yes' if self.fused else 'no'}, {self.reason}"]
+        if self.kernel:
+            cap = "none" if self.softcap is None else f"{self.softcap:g}"
+            lines += [
+                f"head: family {self.family or 'none, taken for plain'}, scale {self.scale:g}, "
+                f"softcap {cap}, {'with' if self.bias else 'no'} bias, "
+                f"{'tied to' if self.tied else 'not tied to'} the embeddings, "
+                f"wrapper {self.wrapper}, sharding {self.sharding}",
+                f"kernel: {self.kernel}",
+                f"schedule: {self.schedule or 'no forward with labels yet'}",
+            ]
+        return "\n".join(lines)
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """Whether and how a model is fused.
+
+    Args:
+        model: Any model, patched or not.
+
+    Returns:
+        The report; `str()` of it is for people.
+    """
+    target: Any = neighbours.unwrapped(model)
+    state = state_of(model)
+    if state is None:
+        return PatchReport(fused=False, reason=_why_stock(target))
+    if swapped_class(type(target)) is None or not neighbours.runs_ours(target):
+        reason = "its forward was replaced after apply_patch: call apply_patch last"
+        return PatchReport(fused=False, reason=reason)
+    return _facts(target, state)
+
+
+def _why_stock(target: Any) -> str:
+    refused = refusal_of(target) if isinstance(target, nn.Module) else None
+    return refused or static_obstacle(target) or "apply_patch has not been called on this model"
+
+
+def _facts(target: Any, state: PatchState) -> PatchReport:
+    family = family_of(target)
+    facts = facts_of(target, family)
+    outer = target.get_output_embeddings()
+    head = innermost_head(outer)
+    base = getattr(head, "base_layer", head)
+    weight = getattr(base, "weight", None)
+    embeddings = target.get_input_embeddings()
+    return PatchReport(
+        fused=True,
+        reason="forwards with labels compute the loss inside the head",
+        family="" if family is None else family.name,
+        scale=facts.logit_scale,
+        softcap=facts.softcap,
+        bias=getattr(base, "bias", None) is not None,
+        tied=weight is not None and getattr(embeddings, "weight", None) is weight,
+        wrapper=_wrapper(outer, head),
+        sharding=_sharding(weight),
+        kernel=_kernel(state, weight, head),
+        schedule="" if state.last is None else _schedule(state, state.last),
+    )
+
+
+def _wrapper(outer: nn.Module, head: nn.Module) -> str:
+    names = [] if outer is head else [_stock_name(outer)]
+    kind = kind_of(_stock_class(head))
+    if kind not in ("linear", "conv1d"):
+        names.append("LoRA" if kind == "lora" else _stock_name(head))
+    return " > ".join(names) or "none"
+
+
+def _stock_class(module: nn.Module) -> type:
+    ours = swapped_class(type(module))
+    return type(module) if ours is None else ours.__dict__["_fused_base"]
+
+
+def _stock_name(module: nn.Module) -> str:
+    cls = _stock_class(module)
+    path = cls.__module__.split(".")
+    # Every tuner of PEFT calls its layer Linear; peft.tuners.ia3.layer is told as `ia3.Linear`.
+    tuner = f"{path[2]}." if path[:2] == ["peft", "tuners"] else ""
+    return tuner + cls.__name__
+
+
+def _sharding(weight: Any) -> str:
+    placements = getattr(weight, "placements", None)
+    return "none" if placements is None else ", ".join(str(place) for place in placements)
+
+
+def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
+    if state.last is not None and state.last.kind == MODULE:
+        return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
+    if state.last is None:
+        device, dtype = weight.device, weight.dtype
+    else:
+        device, dtype = state.last.device, state.last.dtype
+    choice = resolve_impl(state.options.impl, device, dtype)
+    return f"{choice.impl}: {choice.reason}"
+
+
+def _schedule(state: PatchState, last: LastForward) -> str:
+    if last.kind == MODULE:
+        return "chunks of tokens, their logits made again in the backward"
+    chosen = plan(
+        num_tokens=last.num_tokens,
+        hidden_size=last.hidden_size,
+        vocab_size=last.vocab_size,
+        dtype=last.dtype,
+        impl=resolve_impl(state.options.impl, last.device, last.dtype).impl,
+        device_type=last.device.type,
+        grad_hidden=last.grad_hidden,
+        grad_weight=last.grad_weight,
+        memory_budget_mib=state.options.memory_budget_mib,
+    )
+    return str(chosen)

@@ -1,0 +1,32 @@
+"""The options of a patch and of one loss, as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_fused_head.options import LossOptions
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What `apply_patch` was asked for; its arguments under the same names."""
+
+    impl: str = "auto"
+    memory_budget_mib: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    stats: tuple[str, ...] = ()
+    strict: bool = True
+
+
+class LossSettings(NamedTuple):
+    """One loss: what it is and how it may be computed."""
+
+    options: LossOptions
+    num_items: int | Tensor | None
+    impl: str
+    memory_budget_mib: float | None
+    stats: tuple[str, ...]

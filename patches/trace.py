@@ -1,0 +1,306 @@
+"""What the fused head returns in the place of logits: a stand-in that records what is done to it.
+
+The stock forward goes on with it as with logits. A few operations are understood and recorded; the
+record shows, on the very pass that trains, what the model does between its head and its loss.
+Anything else ends the pass with the name of the operation.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+class Step(NamedTuple):
+    """One recorded operation, as it can be done again on real logits."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.function(logits, *self.args)
+
+
+def replay(steps: tuple[Step, ...], logits: Tensor) -> Tensor:
+    """Real logits after the recorded operations."""
+    for step in steps:
+        logits = step(logits)
+    return logits
+
+
+# A dataclass and a pytree node: FSDP finds the loss in the head's output by either, and hangs the
+# hook on it that gathers the head before its backward.
+@dataclass(eq=False)
+class HeadTrace:
+    """Stands for the logits between the head and the loss; no tensor.
+
+    Attributes:
+        loss: The finished loss, 0-d; what the model hands back must come out of this very tensor.
+        call: The forward that this belongs to.
+        shape: That of the logits, [..., vocab].
+        dtype: That of the logits at this point of the forward.
+        device: That of the logits.
+        steps: What the model has done to the head's output so far.
+    """
+
+    loss: Tensor
+    call: Call = field(repr=False)
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    steps: tuple[Step, ...] = ()
+
+    def _with(self, step: Step, dtype: torch.dtype | None = None) -> HeadTrace:
+        steps = (*self.steps, step)
+        dtype = self.dtype if dtype is None else dtype
+        return HeadTrace(self.loss, self.call, self.shape, dtype, self.device, steps)
+
+    def _in_place(self, step: Step) -> HeadTrace:
+        self.steps = (*self.steps, step)
+        return self
+
+    def _other(self, name: str) -> Tensor:
+        """An operation that no record can hold: real logits once the loss is out, else the end."""
+        if not self.call.handed_back:
+            raise UnsupportedModelError(
+                f"the model's forward does `{name}` to the logits before its loss, which the fused "
+                "head cannot take over: leave this model stock (remove_patch)"
+            )
+        return self.call.logits(self)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func.__name__
+        if not kwargs and args and isinstance(args[0], HeadTrace):
+            if name == "tanh":
+                return args[0].tanh()
+            if name in ("mul", "multiply") and _is_scalar(args[1]):
+                return args[0] * args[1]
+            if name in ("div", "divide", "true_divide") and _is_scalar(args[1]):
+                return args[0] / args[1]
+        real = pytree.tree_map(
+            lambda leaf: leaf._other(name) if isinstance(leaf, HeadTrace) else leaf,
+            (args, kwargs or {}),
+            is_leaf=lambda leaf: isinstance(leaf, HeadTrace),
+        )
+        return func(*real[0], **real[1])
+
+    def __mul__(self, other: Any) -> Any:
+        if _is_scalar(other):
+            return self._with(Step("mul", operator.mul, (other,)))
+        return self._other("mul") * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        if _is_scalar(other):
+            return self._with(Step("div", operator.truediv, (other,)))
+        return self._other("div") / other
+
+    def __imul__(self, other: Any) -> Any:
+        if _is_scalar(other):
+            return self._in_place(Step("mul", operator.mul, (other,)))
+        return self._other("mul_").mul_(other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        if _is_scalar(other):
+            return self._in_place(Step("div", operator.truediv, (other,)))
+        return self._other("div_").div_(other)
+
+    mul, mul_ = __mul__, __imul__
+    div, div_ = __truediv__, __itruediv__
+
+    def tanh(self) -> HeadTrace:
+        return self._with(Step("tanh", torch.tanh, ()))
+
+    def tanh_(self) -> HeadTrace:
+        return self._in_place(Step("tanh", torch.tanh, ()))
+
+    def _cast(self, dtype: torch.dtype) -> HeadTrace:
+        if not dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"the model's forward casts the logits to {dtype} before its loss: leave this "
+                "model stock (remove_patch)"
+            )
+        if dtype == self.dtype:
+            return self
+        return self._with(Step("cast", Tensor.to, (dtype,)), dtype)
+
+    def float(self) -> HeadTrace:
+        return self._cast(torch.float32)
+
+    def double(self) -> HeadTrace:
+        return self._cast(torch.float64)
+
+    def half(self) -> HeadTrace:
+        return self._cast(torch.float16)
+
+    def bfloat16(self) -> HeadTrace:
+        return self._cast(torch.bfloat16)
+
+    def type(self, dtype: torch.dtype) -> HeadTrace:
+        return self._cast(dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        target = kwargs.get("dtype", kwargs.get("device", args[0] if args else None))
+        if isinstance(target, (HeadTrace, Tensor)):
+            return self._move(target.device)._cast(target.dtype)
+        if isinstance(target, torch.dtype):
+            return self._cast(target)
+        if isinstance(target, (str, int, torch.device)):
+            moved = self._move(torch.device(target))
+            return moved._cast(args[1]) if len(args) > 1 else moved
+        return self._other("to").to(*args, **kwargs)
+
+    def _move(self, device: torch.device) -> HeadTrace:
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        moved = self._with(Step("move", Tensor.to, (device,)))
+        moved.loss, moved.device = self.loss.to(device), device
+        return moved
+
+    def contiguous(self) -> HeadTrace:
+        return self
+
+    def view(self, *sizes: Any) -> Any:
+        return self._reshape("view", sizes)
+
+    def reshape(self, *sizes: Any) -> Any:
+        return self._reshape("reshape", sizes)
+
+    def _reshape(self, name: str, sizes: tuple[Any, ...]) -> Any:
+        wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        if len(wanted) == len(self.shape):
+            pairs = zip(wanted, self.shape, strict=True)
+            unknown = [size for size in wanted if size == -1]
+            if len(unknown) <= 1 and all(ours in (-1, own) for ours, own in pairs):
+                return self
+        return getattr(self._other(name), name)(*sizes)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    ndimension = dim
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.loss.requires_grad
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._other("getitem")[index]
+
+    def __iter__(self) -> Any:
+        return iter(self._other("iter"))
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for what is not defined above. Names that no tensor has are plain mistakes
+        # or the duck typing of others, and get the usual answer.
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._other(name), name)
+
+
+def _binary(name: str, reflected: bool) -> Callable[[HeadTrace, Any], Any]:
+    function = getattr(operator, name)
+
+    def method(self: HeadTrace, other: Any) -> Any:
+        real = self._other(name)
+        return function(other, real) if reflected else function(real, other)
+
+    return method
+
+
+for _name in ("add", "sub", "pow", "matmul"):
+    setattr(HeadTrace, f"__{_name}__", _binary(_name, reflected=False))
+    setattr(HeadTrace, f"__r{_name}__", _binary(_name, reflected=True))
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(HeadTrace, f"__{_name}__", _binary(_name, reflected=False))
+HeadTrace.__rtruediv__ = _binary("truediv", reflected=True)
+HeadTrace.__neg__ = lambda self: -self._other("neg")
+
+
+def _flatten(trace: HeadTrace) -> tuple[list[Tensor], tuple[Any, ...]]:
+    return [trace.loss], (trace.call, trace.shape, trace.dtype, trace.device, trace.steps)
+
+
+def _unflatten(children: Any, rest: tuple[Any, ...]) -> HeadTrace:
+    (loss,) = children
+    return HeadTrace(loss, *rest)
+
+
+pytree.register_pytree_node(
+    HeadTrace, _flatten, _unflatten, serialized_type_name="hf_fused_head.HeadTrace"
+)
+
+
+def observed_facts(steps: tuple[Step, ...]) -> tuple[float, float | None]:
+    """Scale and cap of `cap * tanh(scale * z / cap)` from what was recorded.
+
+    Raises:
+        UnsupportedModelError: If the record has another form.
+    """
+    factor, inner = 1.0, None
+    for step in steps:
+        if step.name == "mul":
+            factor *= step.args[0]
+        elif step.name == "div":
+            factor *= 1.0 / step.args[0]
+        elif step.name == "tanh":
+            if inner is not None:
+                raise UnsupportedModelError(
+                    "the model's forward does `tanh` to the logits twice: leave this model stock "
+                    "(remove_patch)"
+                )
+            factor, inner = 1.0, factor
+    return (factor, None) if inner is None else (inner * factor, factor)
+
+
+def same_facts(one: tuple[float, float | None], other: tuple[float, float | None]) -> bool:
+    """Equal up to the rounding of the few float operations that they were made by."""
+    if (one[1] is None) != (other[1] is None):
+        return False
+    cap = (0.0, 0.0) if one[1] is None or other[1] is None else (one[1], other[1])
+    return math.isclose(one[0], other[0], rel_tol=1e-12) and math.isclose(*cap, rel_tol=1e-12)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

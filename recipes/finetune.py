@@ -1,0 +1,278 @@
+"""Fine-tunes a causal language model whose loss never makes logits.
+
+    python recipes/finetune.py                                # a small Llama, made on the spot
+    python recipes/finetune.py --compare                      # the same steps, stock and fused
+    python recipes/finetune.py --model HuggingFaceTB/SmolLM2-135M --dataset my_notes.txt
+
+Without options it needs no hub and no GPU: the model is built and its tokenizer trained here, and
+the text is the documentation that every Python carries. The lines that matter are in `train()`:
+`FusedHeadTrainer` stands where `transformers.Trainer` would, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import datasets
+import torch
+import transformers
+from head_memory import measure_head_bytes
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from sources import UserError, load_model, load_texts, pack
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_fused_head import FusedHeadTrainer, UnsupportedModelError
+
+MIB = 2**20
+EVAL_BLOCKS = 16
+
+
+@dataclass
+class Run:
+    """What one training run showed."""
+
+    losses: list[tuple[int, float]]  # (step, mean loss since the step before)
+    eval_loss: float
+    step_ms: float
+    head_bytes: int
+
+
+class StepClock(TrainerCallback):
+    """Milliseconds of every optimizer step, the device's work included."""
+
+    def __init__(self) -> None:
+        self.steps_ms: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps_ms.append((self._now() - self._begin) * 1e3)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = OneLineParser(description="Fine-tunes a causal language model without logits.")
+    add = parser.add_argument
+    add("--model", default="tiny", help="tiny (default), hub name, local folder or .gguf file")
+    add(
+        "--dataset",
+        default="python-docs",
+        help="python-docs (default), local .txt / .jsonl file, or hub name[:config]",
+    )
+    add("--text-column", default="text", help="column with the text (default: text)")
+    add("--full", action="store_true", help="train every weight instead of LoRA adapters")
+    add("--compare", action="store_true", help="run the same steps with the stock head as well")
+    add("--max-steps", type=positive, default=50, metavar="N", help="default: 50")
+    add("--seq-len", type=positive, default=256, metavar="N", help="tokens a block, default: 256")
+    add("--batch-size", type=positive, default=8, metavar="N", help="blocks a step, default: 8")
+    add("--lr", type=float, help="default: 5e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--output-dir", type=Path, help="must be new or empty; default: outputs/finetune-<time>")
+    options = parser.parse_args(argv)
+    if options.lr is None:
+        options.lr = 5e-3 if options.model == "tiny" else 2e-5 if options.full else 2e-4
+    return options
+
+
+def positive(text: str) -> int:
+    """An integer above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def output_folder(wanted: Path | None) -> Path:
+    """The folder to write to, which must not hold anything yet."""
+    folder = wanted or Path("outputs") / time.strftime("finetune-%Y%m%d-%H%M%S")
+    if folder.is_file():
+        raise UserError(f"--output-dir {folder} is a file: name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output-dir {folder} is not empty: name a new folder")
+    return folder
+
+
+def with_adapters(model: PreTrainedModel, name: str, output: Path, tokenizer) -> PeftModel:
+    """LoRA on every linear layer, and on the head of "tiny", which was never trained."""
+    config = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    if name == "tiny":
+        # Nobody else has these weights: an adapter without them could not be loaded again.
+        base = output / "base"
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        model.name_or_path = str(base)
+        linear = [key for key, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+        config.target_modules = {key.rsplit(".", 1)[-1] for key in linear}
+    return get_peft_model(model, config)
+
+
+def train(
+    model: torch.nn.Module, data: datasets.DatasetDict, options: argparse.Namespace, stock: bool
+) -> tuple[Trainer, Run]:
+    """Trains `model` in place, with the stock head or the fused one."""
+    arguments = TrainingArguments(
+        output_dir=str(options.output_dir),
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        learning_rate=options.lr,
+        weight_decay=0.0,
+        logging_steps=max(1, options.max_steps // 10),
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=options.seed,
+    )
+    clock = StepClock()
+    trainer_class = Trainer if stock else FusedHeadTrainer
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        callbacks=[clock],
+    )
+    model.train()
+    batch = trainer.data_collator([data["train"][i] for i in range(batch_blocks(data, options))])
+    batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+    head_bytes = measure_head_bytes(model, batch)
+    trainer.train()
+    history = trainer.state.log_history
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    eval_loss = trainer.evaluate()["eval_loss"]
+    # The first step warms caches up, so it is no measure of the others.
+    step_ms = statistics.median(clock.steps_ms[1:] or clock.steps_ms)
+    return trainer, Run(losses, eval_loss, step_ms, head_bytes)
+
+
+def batch_blocks(data: datasets.DatasetDict, options: argparse.Namespace) -> int:
+    """Blocks in a full batch, which a short text may not fill."""
+    return min(options.batch_size, len(data["train"]))
+
+
+def comparison(stock: Run, fused: Run) -> Table:
+    """Losses, step time and peak head memory side by side."""
+    table = Table("", "stock", "fused", "fused - stock", title="The same steps, twice")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for (step, ours), (_, theirs) in zip(fused.losses, stock.losses, strict=True):
+        table.add_row(
+            f"loss at step {step}", f"{theirs:.6f}", f"{ours:.6f}", f"{ours - theirs:+.1e}"
+        )
+    difference = fused.eval_loss - stock.eval_loss
+    table.add_row(
+        "evaluation loss", f"{stock.eval_loss:.6f}", f"{fused.eval_loss:.6f}", f"{difference:+.1e}"
+    )
+    table.add_section()
+    table.add_row(
+        "step, median ms",
+        f"{stock.step_ms:.0f}",
+        f"{fused.step_ms:.0f}",
+        f"{fused.step_ms / stock.step_ms - 1:+.0%}",
+    )
+    table.add_row(
+        "peak head memory, MiB",
+        f"{stock.head_bytes / MIB:.1f}",
+        f"{fused.head_bytes / MIB:.1f}",
+        f"{fused.head_bytes / stock.head_bytes - 1:+.0%}",
+    )
+    return table
+
+
+def saved_line(fused: Run, stock: Run | None, tokens: int, vocab_size: int, steps: int) -> str:
+    """What the head saved: from shapes, and measured where it was."""
+    logits_mib = tokens * vocab_size * 4 / MIB
+    line = (
+        f"The head never made its logits: {logits_mib:.1f} MiB of float32 ({tokens} tokens x "
+        f"{vocab_size} words) in each of {steps} steps. Measured peak of head and loss: "
+        f"{fused.head_bytes / MIB:.1f} MiB"
+    )
+    if stock is None:
+        return f"{line}; --compare measures the stock head too."
+    return f"{line} instead of {stock.head_bytes / MIB:.1f} MiB."
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepares, trains, compares, saves, and says what came of it."""
+    console = Console(soft_wrap=True)
+    options.output_dir = output_folder(options.output_dir)
+    set_seed(options.seed)
+    texts = load_texts(options.dataset, options.text_column)
+    if options.model == "tiny":
+        texts = list(texts)
+    model, tokenizer = load_model(options.model, texts, options.seq_len)
+    wanted = options.max_steps * options.batch_size + EVAL_BLOCKS
+    blocks = pack(texts, tokenizer, options.seq_len, wanted)
+    held_out = min(EVAL_BLOCKS, max(1, len(blocks) // 10))
+    data = blocks.train_test_split(test_size=held_out, seed=options.seed)
+    if not options.full:
+        model = with_adapters(model, options.model, options.output_dir, tokenizer)
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    console.print(
+        f"{options.model}: {model.num_parameters():,} weights, {trainable:,} of them trained, "
+        f"{vocab_size} words; {len(data['train'])} blocks of {options.seq_len} tokens to train "
+        f"on, {held_out} to evaluate on"
+    )
+    stock = None
+    if options.compare:
+        twin = copy.deepcopy(model)
+        console.print("Stock head:")
+        stock = train(twin, data, options, stock=True)[1]
+        del twin
+        console.print("Fused head:")
+    trainer, fused = train(model, data, options, stock=False)
+    # The base's embeddings are saved already, so PEFT need not copy them into the adapter.
+    keep = {} if options.full else {"save_embedding_layers": False}
+    model.save_pretrained(options.output_dir, **keep)
+    tokenizer.save_pretrained(options.output_dir)
+    trainer.save_state()
+    if stock is not None:
+        console.print(comparison(stock, fused))
+    console.print(
+        f"Loss {fused.losses[0][1]:.3f} -> {fused.losses[-1][1]:.3f}, evaluation loss "
+        f"{fused.eval_loss:.3f}, {fused.step_ms:.0f} ms a step; saved in {options.output_dir}"
+    )
+    tokens = batch_blocks(data, options) * options.seq_len
+    console.print(saved_line(fused, stock, tokens, vocab_size, options.max_steps))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the recipe; 2 and one line on stderr when something the user named is wrong."""
+    options = parse(argv)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options)
+    except (UserError, UnsupportedModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

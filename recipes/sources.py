@@ -1,0 +1,202 @@
+"""Models and texts by name, for the recipes: from a hub, from local files, or made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+TINY_VOCABULARY = 8192
+# What loading a model or a data set raises when it is the user's name for it that is wrong.
+_LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError)
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is one line."""
+
+
+def load_texts(name: str, column: str) -> Iterable[str]:
+    """The documents of a data set.
+
+    Args:
+        name: "python-docs", a local .txt, .jsonl or .json file, or a data set of the hub, as
+            "owner/name" or "owner/name:config" (its split "train" is used).
+        column: The column or key that holds the text; a .txt file is one document.
+
+    Raises:
+        UserError: If there is no such file, data set or column.
+    """
+    if name == "python-docs":
+        from pydoc_data.topics import topics
+
+        return [topics[title] for title in sorted(topics)]
+    path = Path(name)
+    if path.suffix in (".txt", ".jsonl", ".json"):
+        if not path.is_file():
+            raise UserError(f"--dataset {name}: no such file")
+        return [_read(path)] if path.suffix == ".txt" else _json_texts(path, column)
+    repository, _, config = name.partition(":")
+    try:
+        dataset = load_dataset(repository, config or None, split="train")
+    except _LOAD_ERRORS as error:
+        raise UserError(f"--dataset {name}: cannot be loaded, {_first_line(error)}") from error
+    if column not in dataset.column_names:
+        raise UserError(_no_column(name, column, dataset.column_names))
+    return (row[column] for row in dataset)
+
+
+def load_model(
+    name: str, texts: Iterable[str], seq_len: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: "tiny", a .gguf file, a local folder, or a model of the hub.
+        texts: What the tokenizer of "tiny" is trained on.
+        seq_len: The longest sequence that the model will see.
+
+    Raises:
+        UserError: If there is no such model, or `seq_len` is too long for it.
+    """
+    if name == "tiny":
+        tokenizer = train_tokenizer(texts)
+        return build_tiny(len(tokenizer), seq_len), tokenizer
+    path, options = Path(name), {}
+    folder = name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {name}: no such file")
+        folder, options = str(path.parent), {"gguf_file": path.name, "dtype": torch.float32}
+    elif name.startswith((".", "/", "~")) and not path.is_dir():
+        raise UserError(f"--model {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, **{key: options[key] for key in options if key == "gguf_file"}
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise UserError(f"--seq-len {seq_len}: {name} reads at most {longest} tokens")
+    return model, tokenizer
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of up to `TINY_VOCABULARY` words, learned from `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+def build_tiny(vocab_size: int, seq_len: int) -> LlamaForCausalLM:
+    """A Llama with two layers and random weights: most of its work is in the head, as intended."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max(seq_len, 1024),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pack(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, max_blocks: int
+) -> Dataset:
+    """Documents end to end, cut into blocks of `seq_len` tokens; every token has a label.
+
+    Args:
+        texts: The documents; no more of them are read than `max_blocks` needs.
+        tokenizer: Its end-of-text token, where it has one, stands between documents.
+        seq_len: Tokens a block; what is left over at the end is dropped.
+        max_blocks: The most blocks to make.
+
+    Raises:
+        UserError: If the text is too short for two blocks, one to train on and one to evaluate on.
+    """
+    blocks, tail, texts = [], [], iter(texts)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    while len(blocks) < max_blocks and (some := list(islice(texts, 100))):
+        # `verbose`: documents longer than the model reads are cut here, no reason for a warning.
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            tail += ids + end
+        whole = len(tail) // seq_len * seq_len
+        blocks += [tail[start : start + seq_len] for start in range(0, whole, seq_len)]
+        tail = tail[whole:]
+    if len(blocks) < 2:
+        found = len(blocks) * seq_len + len(tail)
+        raise UserError(
+            f"the text has {found} tokens, too short for two blocks of --seq-len {seq_len}: "
+            "give more text or a smaller --seq-len"
+        )
+    blocks = blocks[:max_blocks]
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def _json_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of a file with one JSON object a line, all checked before the first is used."""
+    texts = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON, {error.msg}") from error
+        if not isinstance(record, dict) or column not in record:
+            keys = list(record) if isinstance(record, dict) else []
+            raise UserError(_no_column(f"{path}, line {number}", column, keys))
+        if not isinstance(record[column], str):
+            raise UserError(f"{path}, line {number}: {column!r} must hold text")
+        texts.append(record[column])
+    return iter(texts)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--dataset {path}: cannot be read, {_first_line(error)}") from error
+
+
+def _no_column(where: str, column: str, columns: list[str]) -> str:
+    names = ", ".join(columns) or "none"
+    return f"{where}: no column {column!r}, it has {names}; name one with --text-column"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,40 @@
+"""Settings of the whole suite: Triton on the CPU where there is no GPU, and no skip without a reason."""
+
+from __future__ import annotations
+
+import os
+
+# Read when triton is imported, so it must stand before anything that imports it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+try:
+    import hf_fused_head.patches  # noqa: F401
+except ImportError as error:
+    raise pytest.UsageError(f"run pip install -e '.[test]' first: {error}") from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects the long sweeps unless `-m` names them; skips what the machine has no device for."""
+    if not config.getoption("-m"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    devices = torch.cuda.device_count()
+    for item in items:
+        for marker, count in (("gpu", 1), ("multigpu", 2)):
+            if item.get_closest_marker(marker) and devices < count:
+                reason = f"needs {count} CUDA device(s), this machine has {devices}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test starts from the same random state, whatever ran before it on the same worker."""
+    torch.manual_seed(0)

@@ -1,0 +1,307 @@
+"""impl="triton" on a CUDA device: exactness, determinism, large shapes, streams, compilation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from head_cases import (
+    CASES,
+    all_needs,
+    check_backward,
+    check_forward_backward,
+    fixed_schedule,
+    in_float64,
+    operands_of,
+    row_weights,
+)
+from oracle import assert_close_as_torch, relative_error
+from torch import Tensor
+
+from hf_fused_head import reference
+from hf_fused_head.functional import linear_cross_entropy, linear_cross_entropy_with_stats
+from hf_fused_head.options import Needs, Operands
+from hf_fused_head.schedule import plan
+
+fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton (pip install triton)")
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# The descriptor kernel needs rows of whole 16 bytes; the second shape takes the pointer kernel.
+SIZES = {"aligned": (300, 200, 1300), "odd": (301, 197, 1301)}
+SCHEDULES = {
+    "one_chunk": fixed_schedule("gradient_in_forward"),
+    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=256),
+    "windows": fixed_schedule("recompute", vocab_window=512),
+    "hybrid": fixed_schedule("hybrid", vocab_window=512, kept_share=0.6),
+}
+
+
+def trained_head(
+    num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels as of a trained model: frequent labels, lifted logits."""
+    device = "cuda"
+    weight = 0.02 * torch.randn(vocab_size, hidden_size, device=device)
+    weight = (weight * (4096 / hidden_size) ** 0.5).to(dtype)
+    ranks = torch.rand(num_tokens, device=device) * math.log(vocab_size)
+    labels = (ranks.exp().long() - 1).clamp(0, vocab_size - 1)
+    target = weight[labels].float()
+    lift = 16 * torch.rand(num_tokens, 1, device=device)
+    hidden = torch.randn(num_tokens, hidden_size, device=device)
+    hidden = hidden + lift * target / target.pow(2).sum(1, keepdim=True)
+    return hidden.to(dtype), weight, labels
+
+
+def plain_head(hidden: Tensor, weight: Tensor) -> Operands:
+    """One pair of operands and no options."""
+    return Operands([hidden], [weight], None, None, 1.0, None)
+
+
+def mean_gradients(operands: Operands, labels: Tensor, budget_mib: float = 4096):
+    """Statistics and gradients of the mean loss by the engine."""
+    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device)
+    rest = (all_needs(operands), int(budget_mib * 2**20), False, False)
+    return fused.forward_backward(operands, labels, nll_weight, None, None, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_under_every_schedule(name, sizes, dtype, monkeypatch):
+    operands, labels = operands_of(CASES[name], *SIZES[sizes], dtype, "cuda")
+    for schedule in SCHEDULES.values():
+        monkeypatch.setattr(fused, "plan", schedule)
+        check_forward_backward(fused, CASES[name], operands, labels)
+        check_backward(fused, CASES[name], operands, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pointer_kernel_of_other_cards(dtype, monkeypatch):
+    """The tile that cards without tensor descriptors get, within 99 KiB of shared memory."""
+    portable = fused.TileConfig(128, 128, 32, 8, 8, 4)
+    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: portable)
+    operands, labels = operands_of(CASES["everything"], *SIZES["aligned"], dtype, "cuda")
+    for schedule in SCHEDULES.values():
+        monkeypatch.setattr(fused, "plan", schedule)
+        check_forward_backward(fused, CASES["everything"], operands, labels)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    hidden, weight, labels = trained_head(1024, 512, 8000)
+    _, grads = mean_gradients(plain_head(hidden, weight), labels)
+    operands64 = in_float64(plain_head(hidden, weight))
+    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
+    rest = (all_needs(operands64), 0, False, False)
+    _, truth = reference.forward_backward(operands64, labels, nll_weight, None, None, *rest)
+    parameters = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logits = torch.nn.functional.linear(*parameters)
+    torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+    for ours, stock, exact in zip(grads, parameters, truth, strict=True):
+        assert relative_error(ours, exact) <= relative_error(stock.grad, exact)
+
+
+def test_error_does_not_grow_with_the_number_of_chunks(monkeypatch):
+    hidden, weight, labels = trained_head(4096, 512, 8000)
+    operands = plain_head(hidden, weight)
+    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
+    rest = (all_needs(operands), 0, False, False)
+    truth = reference.forward_backward(in_float64(operands), labels, nll_weight, None, None, *rest)[
+        1
+    ]
+    errors = []
+    for chunk in (4096, 1024, 256):
+        monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward", chunk))
+        _, grads = mean_gradients(operands, labels)
+        errors.append([relative_error(*pair) for pair in zip(grads, truth, strict=True)])
+    for several in errors[1:]:
+        for error, one in zip(several, errors[0], strict=True):
+            assert error <= 1.1 * one
+
+
+def test_confident_tokens_keep_their_digits(monkeypatch):
+    """At p = 1 - 1e-6 loss and gradients are within 1 % of float64."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    hidden, weight, labels = trained_head(512, 256, 4000)
+    logits = hidden.double() @ weight.double().T
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    lift = others - math.log(1e-6) - logits.gather(1, labels[:, None])[:, 0]
+    target = weight[labels].double()
+    hidden = hidden + lift[:, None] * target / target.pow(2).sum(1, keepdim=True)
+    operands = plain_head(hidden.to(torch.bfloat16), weight)
+    stats, grads = mean_gradients(operands, labels)
+    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
+    rest = (all_needs(operands), 0, False, False)
+    exact_stats, exact = reference.forward_backward(
+        in_float64(operands), labels, nll_weight, None, None, *rest
+    )
+    assert exact_stats.nll.median() < 1e-4
+    assert ((stats.nll - exact_stats.nll).abs() <= 0.01 * exact_stats.nll).all()
+    for ours, truth in zip(grads, exact, strict=True):
+        assert relative_error(ours, truth) <= 0.01
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_same_bits_from_run_to_run(schedule, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    hidden, weight, labels = trained_head(700, 320, 5000)
+    first = mean_gradients(plain_head(hidden, weight), labels)
+    for _ in range(3):
+        again = mean_gradients(plain_head(hidden, weight), labels)
+        assert torch.equal(first[0].nll, again[0].nll)
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_host_synchronisation(schedule, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    case = CASES["everything"]
+    operands, labels = operands_of(case, *SIZES["aligned"], torch.bfloat16, "cuda")
+    weights = row_weights(case, labels.shape[0], "cuda")
+    rest = (all_needs(operands), 2**30, True, True)
+    upstream = [torch.randn(labels.shape[0], device="cuda") for _ in range(4)]
+    fused.forward_backward(operands, labels, *weights, *rest)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
+        fused.backward(operands, labels, stats, *upstream, all_needs(operands), 2**30)
+        fused.multiply_(grads[0], upstream[0][:1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_65535_rows(monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    operands, labels = operands_of(CASES["everything"], 70_001, 64, 500, torch.bfloat16, "cuda")
+    check_forward_backward(fused, CASES["everything"], operands, labels)
+    check_backward(fused, CASES["everything"], operands, labels)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 60])
+def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
+    """A stored tile of more than 2**31 elements agrees with small ones, in both kernels."""
+    hidden, weight, labels = trained_head(17_000, hidden_size, 131_072)
+    operands = plain_head(hidden, weight)
+    monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward"))
+    stats, grads = mean_gradients(operands, labels)
+    monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward", 2048))
+    small_stats, small = mean_gradients(operands, labels)
+    assert torch.equal(stats.nll, small_stats.nll)
+    assert relative_error(grads[0], small[0]) <= torch.finfo(torch.bfloat16).eps
+    assert relative_error(grads[1], small[1]) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("budget_mib", [64, 128, 512])
+def test_memory_stays_within_the_plan(budget_mib):
+    hidden, weight, labels = trained_head(4096, 1024, 32_000)
+    operands = plain_head(hidden, weight)
+    mean_gradients(operands, labels, budget_mib)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = mean_gradients(operands, labels, budget_mib)
+    peak = torch.cuda.max_memory_allocated() - before
+    schedule = plan(
+        num_tokens=4096,
+        hidden_size=1024,
+        vocab_size=32_000,
+        dtype=torch.bfloat16,
+        impl="triton",
+        device_type="cuda",
+        grad_hidden=True,
+        grad_weight=True,
+        memory_budget_mib=budget_mib,
+    )
+    assert peak <= schedule.workspace_bytes + schedule.gradient_bytes + 2**21
+    del kept
+
+
+def test_public_function_with_ignored_labels_and_upstream_scale():
+    """Ignored rows, a tensor `num_items` and a loss scale, against torch in float64."""
+    hidden, weight, labels = trained_head(500, 128, 3000)
+    labels[::3] = -100
+    items = torch.tensor(77, device="cuda")
+    results = []
+    for dtype in (torch.bfloat16, torch.float64, None):
+        used = torch.bfloat16 if dtype is None else dtype
+        h, w = (t.detach().to(used).requires_grad_() for t in (hidden, weight))
+        if dtype is None:
+            loss = linear_cross_entropy(h, w, labels, num_items=items, impl="triton")
+        else:
+            logits = torch.nn.functional.linear(h, w)
+            logits = logits if dtype == torch.float64 else logits.float()
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 77
+        (3.0 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for name, torch_result, truth, ours in zip(("loss", "input", "weight"), *results, strict=True):
+        assert_close_as_torch(name, ours, torch_result, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_backward_gives_the_same_gradients(dtype):
+    hidden, weight, labels = trained_head(300, 128, 2000, dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, impl="triton")
+    first = torch.autograd.grad(0.5 * loss, (hidden, weight), retain_graph=True)
+    first = [grad.clone() for grad in first]
+    second = torch.autograd.grad(0.5 * loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_with_changing_lengths(reduction):
+    @torch.compile(fullgraph=True)
+    def step(hidden, weight, labels):
+        loss = linear_cross_entropy(
+            2 * hidden, weight, labels, softcap=20.0, reduction=reduction, impl="triton"
+        )
+        return loss.sum()
+
+    for num_tokens in (64, 130, 201):
+        hidden, weight, labels = trained_head(num_tokens, 128, 1000)
+        labels[: num_tokens // 4] = -100
+        grads = []
+        for function in (step, step.__wrapped__ if hasattr(step, "__wrapped__") else step):
+            h, w = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+            function(h, w, labels).backward()
+            grads.append((h.grad, w.grad))
+        for compiled, eager in zip(*grads, strict=True):
+            assert relative_error(compiled, eager) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_statistics_of_the_public_function():
+    hidden, weight, labels = trained_head(300, 128, 2000)
+    stats = linear_cross_entropy_with_stats(hidden, weight, labels, impl="triton")
+    exact = linear_cross_entropy_with_stats(
+        hidden.double(), weight.double(), labels, impl="reference"
+    )
+    plain = linear_cross_entropy_with_stats(hidden, weight, labels, impl="reference")
+    for name in ("loss", "nll", "lse", "entropy"):
+        tensors = (getattr(result, name) for result in (stats, plain, exact))
+        assert_close_as_torch(name, *tensors)
+    assert torch.equal(stats.correct, exact.correct)
+
+
+def test_frozen_parts_cost_no_gradient():
+    hidden, weight, labels = trained_head(300, 128, 2000)
+    operands = plain_head(hidden, weight)
+    nll_weight = torch.ones(labels.shape, device="cuda")
+    for needs in (Needs([True], [False], False), Needs([False], [True], False)):
+        _, grads = fused.forward_backward(
+            operands, labels, nll_weight, None, None, needs, 2**30, False, False
+        )
+        wanted = [*needs.inputs, *needs.weights, needs.bias]
+        assert [grad.numel() > 0 for grad in grads] == wanted
+
+
+@pytest.mark.multigpu
+def test_runs_on_the_device_of_its_tensors():
+    hidden, weight, labels = (t.to("cuda:1") for t in trained_head(300, 128, 2000))
+    stats, grads = mean_gradients(plain_head(hidden, weight), labels)
+    assert torch.isfinite(stats.nll).all()
+    assert all(torch.isfinite(grad).all() for grad in grads)

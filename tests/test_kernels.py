@@ -1,0 +1,195 @@
+"""impl="triton" in Triton's interpreter: the kernels' own code, on the CPU, against float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from head_cases import (
+    CASES,
+    Case,
+    all_needs,
+    check_backward,
+    check_forward_backward,
+    fixed_schedule,
+    in_float64,
+    operands_of,
+    row_weights,
+)
+from oracle import assert_close_as_torch
+
+pytest.importorskip("triton", reason="needs triton (pip install triton)")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs under TRITON_INTERPRET=1 only", allow_module_level=True)
+
+from hf_fused_head import fused, reference
+from hf_fused_head.kernels.head import Head, RowSums, launch_exponents
+from hf_fused_head.kernels.rows import launch_anchor
+from hf_fused_head.kernels.tuning import TileConfig
+from hf_fused_head.options import Needs
+
+# Two row tiles and three column tiles of the interpreter's blocks, no size a multiple.
+SIZES = (19, 21, 70)
+SCHEDULES = {
+    "one_chunk": fixed_schedule("gradient_in_forward"),
+    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=10),
+    "windows": fixed_schedule("recompute", vocab_window=32),
+    "hybrid": fixed_schedule("hybrid", vocab_window=32, kept_share=0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_multiples(monkeypatch):
+    """Chunks and windows of the interpreter's tile, so that small sizes have several."""
+    monkeypatch.setattr(fused, "_MULTIPLE", 32)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_every_schedule_is_as_exact_as_float32_products(name, schedule, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    sizes = (40, *SIZES[1:]) if schedule == "chunks" else SIZES
+    operands, labels = operands_of(CASES[name], *sizes, torch.float32, "cpu")
+    check_forward_backward(fused, CASES[name], operands, labels)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("plain", "everything")])
+def test_every_option_with_stored_exponents(name, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    operands, labels = operands_of(CASES[name], *SIZES, torch.float32, "cpu")
+    check_forward_backward(fused, CASES[name], operands, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["everything", "overflow"])
+def test_half_precision_is_as_exact_as_torch(name, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["hybrid"])
+    operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
+    check_forward_backward(fused, CASES[name], operands, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["everything", "softcap_smooth"])
+def test_any_upstream_gradient_per_token(name, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
+    operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
+    check_backward(fused, CASES[name], operands, labels)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 2), (33, 7, 33)])
+def test_smallest_sizes(sizes, monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    operands, labels = operands_of(CASES["plain"], *sizes, torch.float32, "cpu")
+    check_forward_backward(fused, CASES["plain"], operands, labels)
+
+
+def test_a_forgotten_softcap_fails(monkeypatch):
+    """The oracle is sharp enough to see a wrong fact."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    operands, labels = operands_of(CASES["plain"], *SIZES, torch.float32, "cpu")
+    stats = fused.forward(operands, labels, 2**30, False, False, False)
+    capped = reference.forward(operands._replace(softcap=30.0), labels, 2**30, False, False, False)
+    with pytest.raises(AssertionError, match="nll"):
+        assert_close_as_torch("nll", stats.nll, capped.nll, capped.nll.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("halves", [False, True])
+def test_descriptor_kernel_equals_pointer_kernel(dtype, halves):
+    """Both kernels make the same tiles and row sums; the first one owns several tiles a program."""
+    num_tokens, vocab_size = 35, 72
+    operands, labels = operands_of(CASES["everything"], num_tokens, 24, vocab_size, dtype, "cpu")
+    (hidden, low), (weight, low_weight) = operands.inputs, operands.weights
+    head = Head(hidden, weight, low, low_weight, operands.bias, None, 1.5, None)
+    anchor = torch.empty(num_tokens)
+    launch_anchor(head, labels, anchor)
+    results = []
+    for programs in (0, 3):
+        config = TileConfig(16, 32, 16, 2, 4, 1, programs, halves, False)
+        sums = RowSums(*(torch.full((3, num_tokens), torch.nan) for _ in range(4)), anchor.clone())
+        store = torch.full((num_tokens, vocab_size), torch.nan, dtype=dtype)
+        launch_exponents(head, labels, 0, anchor, sums, store, config, False)
+        results.append([*sums, store])
+    for ours, theirs in zip(*results, strict=True):
+        assert not ours.isnan().any()
+        assert torch.equal(ours, theirs)
+
+
+def test_confident_tokens_keep_their_digits(monkeypatch):
+    """Gradients of tokens with p = 1 - 1e-6 come from the other columns, not from p - 1."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    operands, labels = operands_of(CASES["plain"], *SIZES, torch.float32, "cpu")
+    weight = operands.weights[0]
+    logits = operands.inputs[0] @ weight.T
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    lift = others - torch.tensor(1e-6).log() - logits.gather(1, labels[:, None])[:, 0]
+    target = weight[labels]
+    hidden = operands.inputs[0] + lift[:, None] * target / target.pow(2).sum(1, keepdim=True)
+    operands = operands._replace(inputs=[hidden])
+    stats = check_forward_backward(fused, CASES["plain"], operands, labels)
+    assert (stats.nll < 1e-3).any()
+
+
+def test_only_the_asked_gradients_are_made(monkeypatch):
+    operands, labels = operands_of(CASES["everything"], *SIZES, torch.bfloat16, "cpu")
+    weights = row_weights(CASES["everything"], SIZES[0], "cpu")
+    everything = None
+    for schedule in ("one_chunk", "hybrid"):
+        monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+        for wanted in ((1, 1, 1, 1, 1), (1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 1)):
+            flags = [bool(flag) for flag in wanted]
+            needs = Needs(flags[:2], flags[2:4], flags[4])
+            _, grads = fused.forward_backward(
+                operands, labels, *weights, needs, 2**30, False, False
+            )
+            everything = grads if all(flags) else everything
+            for grad, whole, flag in zip(grads, everything, flags, strict=True):
+                assert torch.equal(grad, whole if flag else whole.new_empty(0))
+
+
+@pytest.mark.parametrize("schedule", ["chunks", "hybrid"])
+def test_nothing_unwritten_is_read(schedule, monkeypatch):
+    """With poisoned memory the results are finite, so everything that is read was written."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def make_poisoned(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return make_poisoned
+
+    operands, labels = operands_of(CASES["everything"], 40, *SIZES[1:], torch.bfloat16, "cpu")
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    weights = row_weights(CASES["everything"], 40, "cpu")
+    rest = (all_needs(operands), 2**30, True, True)
+    stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
+    for tensor in [*stats, *grads]:
+        assert torch.isfinite(tensor.float()).all()
+
+
+def test_labels_of_zero_weight_and_pure_smoothing(monkeypatch):
+    """Rows whose softmax terms vanish or cancel give finite gradients."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
+    case = Case(smooth=True)
+    operands, labels = operands_of(case, *SIZES, torch.float32, "cpu")
+    nll_weight, smooth_weight, _ = row_weights(case, SIZES[0], "cpu")
+    rest = (all_needs(operands), 2**30, False, False)
+    nothing = torch.zeros_like(nll_weight)
+    for smooth in (smooth_weight, nothing):
+        _, grads = fused.forward_backward(operands, labels, nothing, smooth, None, *rest)
+        _, plain = reference.forward_backward(operands, labels, nothing, smooth, None, *rest)
+        double = (in_float64(operands), labels, nothing.double(), smooth.double(), None)
+        _, truth = reference.forward_backward(*double, *rest)
+        for index, tensors in enumerate(zip(grads, plain, truth, strict=True)):
+            assert_close_as_torch(f"gradient {index}", *tensors)
+
+
+def test_unavailable_reason_names_the_obstacle():
+    assert fused.unavailable_reason("cpu", torch.bfloat16) is None
+    assert "float64" in fused.unavailable_reason("cpu", torch.float64)
+    assert "mps" in fused.unavailable_reason("mps", torch.float16)
+    assert "TRITON_INTERPRET" in fused.unavailable_reason("cuda", torch.float16)

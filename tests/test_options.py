@@ -1,0 +1,101 @@
+"""Options check themselves, and an engine is used or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from hf_fused_head import options
+from hf_fused_head.options import LossOptions, resolve_impl
+
+GOOD = {
+    "reduction": ("mean", "sum", "none"),
+    "ignore_index": (-100, 0, 7),
+    "label_smoothing": (0.0, 0.1, 1),
+    "logit_scale": (1.0, 0.0625, -2),
+    "softcap": (None, 30.0, 5),
+    "z_loss": (0.0, 1e-4),
+}
+BAD = [
+    ("reduction", "max", ValueError, "`reduction` must be one of"),
+    ("ignore_index", 1.5, TypeError, "`ignore_index` must be an int, got 1.5"),
+    ("ignore_index", True, TypeError, "`ignore_index` must be an int, got True"),
+    ("label_smoothing", -0.1, ValueError, r"`label_smoothing` must lie in \[0, 1\], got -0.1"),
+    ("label_smoothing", 1.1, ValueError, r"`label_smoothing` must lie in \[0, 1\], got 1.1"),
+    ("label_smoothing", "0.1", TypeError, "`label_smoothing` must be a number, got '0.1'"),
+    ("logit_scale", float("nan"), ValueError, "`logit_scale` must be finite, got nan"),
+    ("logit_scale", None, TypeError, "`logit_scale` must be a number, got None"),
+    ("softcap", 0.0, ValueError, "`softcap` must be positive or None, got 0.0"),
+    ("softcap", -30, ValueError, "`softcap` must be positive or None, got -30"),
+    ("softcap", float("inf"), ValueError, "`softcap` must be positive or None, got inf"),
+    ("z_loss", -1e-4, ValueError, "`z_loss` must be at least 0 and finite, got -0.0001"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values])
+def test_an_option_takes_its_values(name: str, value: object) -> None:
+    assert getattr(LossOptions(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD)
+def test_an_option_refuses_others_by_name(
+    name: str, value: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LossOptions(**{name: value})
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LossOptions().z_loss = 1.0
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", torch.device("cpu")])
+def test_the_torch_engines_run_on_any_device(impl: str, device: object) -> None:
+    assert resolve_impl(impl, device, torch.bfloat16).impl == impl
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="`impl` must be one of .* got 'cuda'"):
+        resolve_impl("cuda", "cpu", torch.float32)
+
+
+def test_auto_says_why() -> None:
+    choice = resolve_impl("auto", "cpu", torch.float32)
+    assert choice.impl == "torch"
+    assert "cpu" in choice.reason
+
+
+def test_triton_is_refused_with_the_reason_or_used() -> None:
+    obstacle = options.triton_obstacle("cpu", torch.float64)
+    assert obstacle is not None
+    with pytest.raises(NotImplementedError, match="'triton': .*; use impl='torch'"):
+        resolve_impl("triton", "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("missing", ["triton", "hf_fused_head.fused"])
+def test_auto_does_without_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    choice = resolve_impl("auto", "cuda", torch.bfloat16)
+    assert choice.impl == "torch"
+    assert missing.split(".")[-1] in choice.reason or "no Triton engine" in choice.reason
+    with pytest.raises(NotImplementedError, match="Triton engine|triton is not installed"):
+        resolve_impl("triton", "cuda", torch.bfloat16)
+
+
+def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = type(sys)("hf_fused_head.fused")
+    fused.unavailable_reason = lambda device_type, dtype: None
+    monkeypatch.setitem(sys.modules, "hf_fused_head.fused", fused)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert resolve_impl("auto", "cuda", torch.bfloat16).impl == "triton"
+    assert resolve_impl("auto", "cpu", torch.bfloat16).impl == "torch"
+    assert resolve_impl("triton", "cpu", torch.bfloat16).impl == "triton"

@@ -1,0 +1,75 @@
+"""The public contract: names, argument names, and docstrings that say what the signature says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import hf_fused_head
+
+LOSS_KEYWORDS = [
+    "linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "logit_scale",
+    "softcap", "z_loss", "num_items", "impl", "memory_budget_mib",
+]  # fmt: skip
+SIGNATURES = {
+    "linear_cross_entropy": ["input", "linear_weight", "target", *LOSS_KEYWORDS],
+    "linear_cross_entropy_with_stats": ["input", "linear_weight", "target", *LOSS_KEYWORDS],
+    "apply_patch": [
+        "model", "impl", "memory_budget_mib", "label_smoothing", "z_loss", "stats", "strict",
+    ],
+    "remove_patch": ["model"],
+    "patch_report": ["model"],
+    "last_stats": ["model"],
+    "supported_models": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(hf_fused_head.__all__))
+def test_every_public_name_exists_and_is_documented(name: str) -> None:
+    value = getattr(hf_fused_head, name)
+    if callable(value):
+        assert inspect.getdoc(value), f"{name} has no docstring"
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert set(hf_fused_head.__all__) <= set(dir(hf_fused_head))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hf_fused_head.no_such_name
+
+
+@pytest.mark.parametrize("name", sorted(SIGNATURES))
+def test_signatures_are_those_of_the_contract(name: str) -> None:
+    parameters = inspect.signature(getattr(hf_fused_head, name)).parameters
+    assert list(parameters) == SIGNATURES[name]
+    positional = {"input", "linear_weight", "target", "model"}
+    for parameter in parameters.values():
+        keyword_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert keyword_only == (parameter.name not in positional), parameter
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "LinearCrossEntropyLoss", "apply_patch"])
+def test_the_docstring_names_every_argument_and_no_other(name: str) -> None:
+    value = getattr(hf_fused_head, name)
+    document = inspect.getdoc(value) or ""
+    section = re.split(r"\n(?:Returns|Raises|References|Shape):", document.split("Args:\n", 1)[1])[0]
+    documented = re.findall(r"^ {4}(\w+)(?: \(.*\))?:", section, flags=re.MULTILINE)
+    target = value.__init__ if inspect.isclass(value) else value
+    expected = [p for p in inspect.signature(target).parameters if p != "self"]
+    assert documented == expected
+
+
+def test_the_drop_in_has_the_order_and_names_of_torch() -> None:
+    import torch
+
+    torch_version = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if torch_version is None:
+        pytest.skip("torch.nn.functional.linear_cross_entropy exists from torch 2.13 on")
+    ours = list(inspect.signature(hf_fused_head.linear_cross_entropy).parameters)
+    theirs = list(inspect.signature(torch_version).parameters)
+    assert ours[:3] == theirs[:3]
+    assert set(theirs) - set(ours) <= {"options"}

@@ -1,0 +1,141 @@
+"""The plan: within the budget, the same every time, and never worse for more memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB, Schedule, plan, schedules
+
+SHAPES = [
+    (8192, 4096, 128256),
+    (2048, 576, 49152),
+    (8192, 640, 262144),
+    (300, 64, 1031),
+    (7, 8, 37),
+    (1, 1, 1),
+]
+WANTED = [(True, True), (True, False), (False, True), (False, False)]
+
+
+def arguments(shape: tuple[int, int, int], **changes: object) -> dict:
+    num_tokens, hidden_size, vocab_size = shape
+    return {
+        "num_tokens": num_tokens,
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "dtype": torch.float32,
+        "impl": "torch",
+        "device_type": "cpu",
+        "grad_hidden": True,
+        "grad_weight": True,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mib", [0.5, 16, 1024, 10**6])
+def test_every_schedule_says_truly_whether_it_fits(
+    shape: tuple[int, int, int], impl: str, dtype: torch.dtype, mib: float
+) -> None:
+    for wanted, per_token in itertools.product(WANTED, (False, True)):
+        found = schedules(
+            **arguments(shape, impl=impl, dtype=dtype, memory_budget_mib=mib)
+            | {"grad_hidden": wanted[0], "grad_weight": wanted[1], "per_token": per_token}
+        )
+        for schedule in found:
+            assert schedule.fits == (schedule.workspace_bytes <= mib * 2**20)
+            assert 1 <= schedule.chunk_tokens <= shape[0]
+            assert 1 <= schedule.vocab_window <= shape[2]
+            assert ("raised" in schedule.reason) == (not schedule.fits)
+        assert found[0].fits or not any(schedule.fits for schedule in found)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_memory_is_never_slower(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    plans = [
+        plan(**arguments(shape, dtype=dtype, memory_budget_mib=mib))
+        for mib in (16, 64, 256, 1024, 4096, 16384)
+    ]
+    assert [p.passes for p in plans] == sorted((p.passes for p in plans), reverse=True)
+
+
+def test_the_plan_is_a_function_of_its_arguments() -> None:
+    assert plan(**arguments(SHAPES[0])) == plan(**arguments(SHAPES[0]))
+    assert plan(**arguments(SHAPES[0])) == plan(
+        **arguments(SHAPES[0], memory_budget_mib=DEFAULT_MEMORY_BUDGET_MIB)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "passes"),
+    [
+        ({"grad_hidden": False, "grad_weight": False}, "loss_only", 1),
+        ({}, "gradient_in_forward", 3),
+        ({"grad_weight": False}, "gradient_in_forward", 2),
+        ({"grad_hidden": False}, "gradient_in_forward", 2),
+        ({"per_token": True}, "recompute", 4),
+        ({"per_token": True, "grad_weight": False}, "recompute", 3),
+        ({"memory_budget_mib": 8}, "recompute", 4),
+    ],
+)
+def test_what_is_needed_decides_the_schedule(changes: dict, name: str, passes: float) -> None:
+    schedule = plan(**arguments((2048, 576, 49152), **changes))
+    assert (schedule.name, schedule.passes) == (name, passes)
+    assert schedule.fits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_torch_engine_never_holds_a_quarter_of_the_logits(shape: tuple[int, int, int]) -> None:
+    num_tokens, _, vocab_size = shape
+    for schedule in schedules(**arguments(shape, memory_budget_mib=10**9)):
+        columns = vocab_size if schedule.name == "gradient_in_forward" else schedule.vocab_window
+        if num_tokens >= 64:
+            assert schedule.chunk_tokens * columns * 4 < num_tokens * vocab_size
+
+
+def test_triton_offers_to_keep_a_share() -> None:
+    found = schedules(
+        **arguments((8192, 4096, 128256), impl="triton", device_type="cuda", dtype=torch.bfloat16)
+    )
+    by_name = {schedule.name: schedule for schedule in found}
+    assert set(by_name) == {"gradient_in_forward", "recompute", "hybrid"}
+    hybrid = by_name["hybrid"]
+    assert 0 < hybrid.kept_share < 1
+    assert hybrid.passes == 4 - hybrid.kept_share
+
+
+def test_a_frozen_matrix_of_a_sum_needs_no_sum_of_its_gradient() -> None:
+    shape, low_rank = (2048, 4096, 128256), 16
+    change = {"dtype": torch.bfloat16, "device_type": "cuda"}
+    whole = plan(**arguments(shape, **change))
+    adapter = plan(**arguments(shape, **change, grad_columns=low_rank))
+    assert adapter.gradient_bytes < whole.gradient_bytes
+    assert adapter.name == "gradient_in_forward"
+
+
+def test_float16_counts_its_float32_gradients() -> None:
+    half = plan(**arguments((2048, 576, 49152), dtype=torch.float16))
+    brain = plan(**arguments((2048, 576, 49152), dtype=torch.bfloat16))
+    assert half.workspace_bytes >= 49152 * 576 * 4
+    assert half.gradient_bytes == brain.gradient_bytes
+
+
+def test_the_reference_holds_all_logits() -> None:
+    schedule = plan(**arguments((2048, 576, 49152), impl="reference"))
+    assert (schedule.chunk_tokens, schedule.vocab_window) == (2048, 49152)
+    assert not schedule.fits
+
+
+def test_a_schedule_explains_itself() -> None:
+    schedule = plan(**arguments((2048, 576, 49152), memory_budget_mib=64))
+    assert isinstance(schedule, Schedule)
+    text = str(schedule)
+    assert schedule.name in text
+    assert "64.0 MiB" in text
+    assert str(schedule.chunk_tokens) in text
