@@ -42,7 +42,8 @@ def scaled(grads: list[Tensor], upstream: Tensor) -> list[Tensor]:
 def graph_is_kept() -> bool:
     """Whether a second backward may ask for the same gradients; True when torch cannot tell."""
     # AOTAutograd asks the same private question before it donates its buffers.
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    private = getattr(torch._C, "_autograd", None)
+    ask = getattr(private, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
@@ -99,7 +100,7 @@ class RowLosses(Function):
         ctx.has_class_weight = class_weight is not None
         extra = (labels,) if class_weight is None else (labels, class_weight)
         ctx.save_for_backward(*stats, *extra, *tensors)
-        nll, lse, smooth, entropy, correct = stats
+        nll, lse, smooth, entropy, correct, _ = stats
         ctx.mark_non_differentiable(correct)
         return nll, lse, smooth, entropy, correct
 
@@ -109,7 +110,9 @@ class RowLosses(Function):
     ) -> tuple[Tensor | None, ...]:
         """The logits once more, and from them the gradients of what is not frozen."""
         refuse_second_derivative()
-        stats, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        # Read once: under activation checkpointing a second look would compute everything again.
+        saved = ctx.saved_tensors
+        stats, rest = saved[:6], saved[6:]
         class_weight = rest[1] if ctx.has_class_weight else None
         tensors = rest[2:] if ctx.has_class_weight else rest[1:]
         inputs, weights, bias = split_parameters(tensors, ctx.num_pairs)
@@ -132,8 +135,7 @@ class RowLosses(Function):
             bias is not None and needed[-1],
         )
         parameter_grads = [
-            grad if need else None
-            for grad, need in zip(grads[: len(tensors)], needed, strict=True)
+            grad if need else None for grad, need in zip(grads[: len(tensors)], needed, strict=True)
         ]
         return (None, None, None, None, None, *parameter_grads)
 

@@ -49,6 +49,13 @@ class UserError(Exception):
     """Something the caller can mend; the message becomes one line."""
 
 
+class ModelsFormat(str, Enum):
+    """How `models` shows its table."""
+
+    table = "table"
+    markdown = "markdown"
+
+
 class Format(str, Enum):
     """How `bench` shows results."""
 
@@ -128,16 +135,25 @@ def doctor(
 
 
 @app.command()
-def models(json_file: JsonOption = None, force: ForceOption = False) -> None:
+def models(
+    form: Annotated[
+        ModelsFormat, typer.Option("--format", help="markdown: the README's table.")
+    ] = ModelsFormat.table,
+    json_file: JsonOption = None,
+    force: ForceOption = False,
+) -> None:
     """List the model families whose facts are known; other plain models are fused as well."""
     _refuse_overwriting(json_file, force=force)
-    from hf_fused_head.benchmark.report import plain_table
+    from hf_fused_head.benchmark.report import markdown_table, plain_table
     from hf_fused_head.patches import supported_models
 
     rows = [asdict(row) for row in supported_models()]
     columns = list(rows[0]) if rows else []
     cells = [[_words(row[name]) for name in columns] for row in rows]
-    _console().print(plain_table("supported model families", columns, cells))
+    if form is ModelsFormat.markdown:
+        typer.echo(markdown_table(columns, cells))
+    else:
+        _console().print(plain_table("supported model families", columns, cells))
     _write_json(json_file, {"models": rows})
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_fused_head import ops
+from hf_fused_head.arguments import check_arguments
 from hf_fused_head.autograd import FinishedLoss, RowLosses
 from hf_fused_head.options import (
-    FLOAT_DTYPES,
+    STAT_NAMES,
     Choice,
     Impl,
     LossOptions,
@@ -20,8 +21,6 @@ from hf_fused_head.options import (
     resolve_impl,
 )
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
-
-STAT_NAMES = ("accuracy", "entropy")
 
 
 class LossStats(NamedTuple):
@@ -83,7 +82,7 @@ def linear_cross_entropy(
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         logit_scale: Factor on the logits.
         softcap: Cap of the logits by `tanh`; None for none.
-        z_loss: Factor on the squared log-sum-exp of each valid token; class weights do not touch it.
+        z_loss: Factor on the squared log-sum-exp of valid tokens; class weights do not touch it.
         num_items: With "mean", what the sum is divided by instead of the valid count.
         impl: "auto", "triton", "torch" or "reference".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
@@ -173,8 +172,10 @@ def operand_cross_entropy(
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients.
         stats: Which of "accuracy" (the field `correct`) and "entropy" to fill.
     """
+    if not operands:
+        raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
     pairs, bias = _autocast(list(operands), linear_bias)
-    _check(pairs, target, bias, weight, options, num_items, memory_budget_mib, stats)
+    check_arguments(pairs, target, bias, weight, num_items, memory_budget_mib, stats)
     inputs = [hidden.reshape(-1, hidden.shape[-1]) for hidden, _ in pairs]
     weights = [matrix for _, matrix in pairs]
     dtype = accumulation_dtype(inputs[0].dtype)
@@ -185,7 +186,7 @@ def operand_cross_entropy(
     ce_weight = _target_weight(class_weight, target.reshape(-1), valid, dtype)
     ce_items, z_items = _denominators(options, num_items, num_valid, class_weight, ce_weight)
     loss, rows = call.run(ce_weight, ce_items, z_items, "entropy" in stats, "accuracy" in stats)
-    nll, lse, _, entropy, correct = (value.detach() for value in rows)
+    nll, lse, _, entropy, correct = (value.detach() for value in rows[:5])
     return LossStats(
         loss=loss,
         nll=nll.reshape(target.shape),
@@ -345,114 +346,3 @@ def _denominators(
     if num_items is not None:
         return num_items, num_items
     return num_valid if class_weight is None else ce_weight.sum(), num_valid
-
-
-def _check(
-    pairs: list[tuple[Tensor, Tensor]],
-    target: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    num_items: int | Tensor | None,
-    memory_budget_mib: float | None,
-    stats: tuple[str, ...],
-) -> None:
-    """Every shape, dtype and device, once; names are those of `linear_cross_entropy`."""
-    if not pairs:
-        raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
-    vocab_size = pairs[0][1].shape[0] if pairs[0][1].dim() == 2 else 0
-    for hidden, matrix in pairs:
-        _check_pair(hidden, matrix, pairs[0][0], vocab_size, target)
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"`target` must be int64 class ids, got {target.dtype}: call target.long()"
-        )
-    for name, vector in (("linear_bias", bias), ("weight", weight)):
-        if vector is not None and tuple(vector.shape) != (vocab_size,):
-            raise ValueError(
-                f"`{name}` must have shape {(vocab_size,)}, got {tuple(vector.shape)}: "
-                "it has one entry per row of `linear_weight`"
-            )
-    _check_same("linear_bias", bias, pairs[0][0])
-    if weight is not None and weight.device != target.device:
-        raise ValueError(
-            f"`weight` must be on {target.device}, got {weight.device}: move it there"
-        )
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "`weight` must not require grad, got requires_grad=True: class weights are constants, "
-            "pass weight.detach()"
-        )
-    _check_num_items(num_items, options)
-    if memory_budget_mib is not None and not memory_budget_mib > 0:
-        raise ValueError(
-            f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
-            f"None means {DEFAULT_MEMORY_BUDGET_MIB}"
-        )
-    unknown = [name for name in stats if name not in STAT_NAMES]
-    if unknown:
-        raise ValueError(
-            f"`stats` must name some of {STAT_NAMES}, got {unknown[0]!r}: leave it out"
-        )
-
-
-def _check_pair(
-    hidden: Tensor, matrix: Tensor, first: Tensor, vocab_size: int, target: Tensor
-) -> None:
-    if hidden.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"`input` must be float16, bfloat16, float32 or float64, got {hidden.dtype}: "
-            "convert it"
-        )
-    if matrix.dim() != 2 or matrix.shape[0] != vocab_size or vocab_size == 0:
-        raise ValueError(
-            f"`linear_weight` must have shape (vocab, hidden) with a vocabulary of at least one, "
-            f"got {tuple(matrix.shape)}: pass the head's matrix as nn.Linear stores it"
-        )
-    if hidden.dim() == 0 or hidden.shape[-1] != matrix.shape[1] or matrix.shape[1] == 0:
-        raise ValueError(
-            f"`input` must have shape (..., {matrix.shape[1]}) with a hidden size of at least one, "
-            f"got {tuple(hidden.shape)}: its last dimension is the columns of `linear_weight`"
-        )
-    if tuple(target.shape) != tuple(hidden.shape[:-1]):
-        raise ValueError(
-            f"`target` must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: "
-            "one class id per hidden state, shifted by the caller"
-        )
-    if target.device != hidden.device:
-        raise ValueError(f"`target` must be on {hidden.device}, got {target.device}: move it there")
-    _check_same("input", hidden, first)
-    _check_same("linear_weight", matrix, first)
-
-
-def _check_same(name: str, tensor: Tensor | None, first: Tensor) -> None:
-    if tensor is None:
-        return
-    if tensor.dtype != first.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `input`, {first.dtype}, got {tensor.dtype}: "
-            "convert one of them or use torch.autocast"
-        )
-    if tensor.device != first.device:
-        raise ValueError(f"`{name}` must be on {first.device}, got {tensor.device}: move it there")
-
-
-def _check_num_items(num_items: int | Tensor | None, options: LossOptions) -> None:
-    if num_items is None:
-        return
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(
-                f"`num_items` must be an int or a tensor of one element, got shape "
-                f"{tuple(num_items.shape)}: pass the sum over devices and micro-batches"
-            )
-        return
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
-        raise TypeError(
-            f"`num_items` must be an int or a tensor of one element, got {num_items!r}: "
-            "pass the number of tokens in the whole batch"
-        )
-    if num_items < 0:
-        raise ValueError(
-            f"`num_items` must be at least 0, got {num_items!r}: pass the number of tokens"
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,22 +30,86 @@ _ENGINES = {
     "triton": "hf_fused_head.fused",
 }
 
-# How every operator spells the head and the run.
+# What every operator takes first, spelled as schema and, in the same order, as `_Head`.
 _HEAD = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? class_weight, Tensor labels, "
-    "int ignore_index, float logit_scale, float? softcap"
+    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes"
 )
-_RUN = "str impl, int budget_bytes"
-_STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct"
+_STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct, Tensor correction"
+_NEEDS = "bool[] need_inputs, bool[] need_weights, bool need_bias"
 
 
-def _engine(impl: str, inputs: list[Tensor]) -> ModuleType:
-    choice = resolve_impl(impl, inputs[0].device, inputs[0].dtype)
-    return importlib.import_module(_ENGINES[choice.impl])
+class _Head(NamedTuple):
+    """The first arguments of every operator."""
+
+    inputs: list[Tensor]  # [N, H_i] each
+    weights: list[Tensor]  # [V, H_i] each
+    bias: Tensor | None
+    class_weight: Tensor | None
+    labels: Tensor  # [...], N in all; the shape is for messages
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    impl: str
+    budget_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.labels.numel()
+
+    def engine(self) -> ModuleType:
+        """The module of the engine that was asked for."""
+        choice = resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype)
+        return importlib.import_module(_ENGINES[choice.impl])
+
+    def kept_rows(self) -> Tensor | None:
+        """The rows that count, [num_valid] int64; None when all do."""
+        return kept_rows(self.labels, self.ignore_index, self.weights[0].shape[0])
+
+    def operands(self, rows: Tensor | None) -> tuple[Operands, Tensor]:
+        """What an engine takes: matrices with a stride of 1 and labels, at the rows that count."""
+        inputs = _plain([_take(rows, hidden) for hidden in self.inputs])
+        options = (self.bias, self.class_weight, self.logit_scale, self.softcap)
+        return Operands(inputs, _plain(self.weights), *options), _take(
+            rows, self.labels.reshape(-1)
+        )
+
+    def no_autocast(self) -> torch.autocast:
+        """An operator's body runs under the caller's autocast, which would round its products."""
+        return torch.autocast(self.labels.device.type, enabled=False)
+
+    def stats(
+        self, make: Any, smooth: bool, entropy: bool, correct: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Statistics of all tokens by `torch.empty` or `torch.zeros`."""
+        dtype = accumulation_dtype(self.inputs[0].dtype)
+
+        def rows(wanted: bool, kind: torch.dtype = dtype) -> Tensor:
+            return make(self.num_tokens if wanted else 0, dtype=kind, device=self.labels.device)
+
+        nll, lse, correction = rows(True), rows(True), rows(True)
+        return nll, lse, rows(smooth), rows(entropy), rows(correct, torch.bool), correction
+
+    def grads(self, make: Any, needs: Needs, widen: bool) -> list[Tensor]:
+        """Gradients by `torch.empty` or `torch.zeros`; [0] where nobody needs one."""
+        parameters = [
+            *self.inputs,
+            *self.weights,
+            self.inputs[0] if self.bias is None else self.bias,
+        ]
+        wanted = [*needs.inputs, *needs.weights, needs.bias]
+        grads = []
+        for parameter, want in zip(parameters, wanted, strict=True):
+            # A loss scale arrives with the upstream gradient: before it float16 would underflow.
+            half = widen and parameter.dtype == torch.float16
+            dtype = torch.float32 if half else parameter.dtype
+            shape = parameter.shape if want else (0,)
+            grads.append(make(shape, dtype=dtype, device=parameter.device))
+        return grads
 
 
 def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
-    """The rows that count, [num_valid] int64; None when all do. One host read.
+    """The rows that count, [num_valid] int64; None when all do. One wait for the device.
 
     Args:
         labels: [...], int64.
@@ -69,20 +134,24 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
     return None if num_valid == flat.numel() else keep.nonzero()[:, 0]
 
 
-def multiply_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """`tensor *= factor`; the Triton engine spares the pass when the factor turns out to be 1."""
-    if tensor.is_cuda and triton_obstacle("cuda", tensor.dtype) is None:
-        return importlib.import_module(_ENGINES["triton"]).multiply_(tensor, factor)
-    return tensor.mul_(factor)
+def multiply_(values: Tensor, factor: Tensor) -> Tensor:
+    """`values *= factor` in place; on the device, where a kernel of ours sees a factor of 1."""
+    if values.is_cuda and triton_obstacle(values.device.type, values.dtype) is None:
+        return importlib.import_module(_ENGINES["triton"]).multiply_(values, factor)
+    return values.mul_(factor)
 
 
-def _take(rows: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    return tensor if rows is None or tensor is None else tensor.index_select(0, rows)
+def _no_row(rows: Tensor | None, head: _Head) -> bool:
+    return head.num_tokens == 0 or (rows is not None and rows.numel() == 0)
 
 
-def _plain(tensors: list[Tensor]) -> list[Tensor]:
-    """The matrices as products take them: one of the strides is 1."""
-    return [t if 1 in t.stride() else t.contiguous() for t in tensors]
+def _take(rows: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def _take_each(rows: Tensor | None, tensors: tuple[Any, ...]) -> list[Any]:
+    """As `_take`; what is None or empty stays so."""
+    return [t if t is None or t.numel() == 0 else _take(rows, t) for t in tensors]
 
 
 def _put(rows: Tensor | None, tensor: Tensor, num_tokens: int) -> Tensor:
@@ -93,253 +162,92 @@ def _put(rows: Tensor | None, tensor: Tensor, num_tokens: int) -> Tensor:
     return full.index_copy_(0, rows, tensor)
 
 
-def _empty_stats(
-    labels: Tensor, dtype: torch.dtype, smooth: bool, entropy: bool, correct: bool, zero: bool
-) -> RowStats:
-    num_tokens = labels.numel()
-    make = torch.zeros if zero else torch.empty
-
-    def rows(wanted: bool, kind: torch.dtype = dtype) -> Tensor:
-        return make(num_tokens if wanted else 0, dtype=kind, device=labels.device)
-
-    return RowStats(rows(True), rows(True), rows(smooth), rows(entropy), rows(correct, torch.bool))
+def _plain(tensors: list[Tensor]) -> list[Tensor]:
+    """The matrices as products take them: one of the strides is 1."""
+    return [t if 1 in t.stride() else t.contiguous() for t in tensors]
 
 
-def _empty_grads(
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    bias: Tensor | None,
-    needs: Needs,
-    zero: bool,
-    widen: bool,
-) -> list[Tensor]:
-    """Gradients without values: shapes and dtypes of the protocol."""
-    parameters = [*inputs, *weights, inputs[0] if bias is None else bias]
-    wanted = [*needs.inputs, *needs.weights, needs.bias]
-    grads = []
-    for parameter, need in zip(parameters, wanted, strict=True):
-        dtype = _gradient_dtype(parameter.dtype, widen)
-        shape = parameter.shape if need else (0,)
-        make = parameter.new_zeros if zero else parameter.new_empty
-        grads.append(make(shape, dtype=dtype))
-    return grads
-
-
-def _gradient_dtype(dtype: torch.dtype, widen: bool) -> torch.dtype:
-    # A loss scale arrives with the upstream gradient only: before it float16 would underflow.
-    return torch.float32 if widen and dtype == torch.float16 else dtype
-
-
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    # An operator's body runs under the caller's autocast, which would round its products.
-    return torch.autocast(tensor.device.type, enabled=False)
+def _put_inputs(rows: Tensor | None, grads: list[Tensor], head: _Head) -> list[Tensor]:
+    """Gradients with those of the inputs, which come first, back among all tokens."""
+    count = len(head.inputs)
+    return [*(_put(rows, grad, head.num_tokens) for grad in grads[:count]), *grads[count:]]
 
 
 @torch.library.custom_op(
     "hf_fused_head::row_stats",
     mutates_args=(),
-    schema=f"({_HEAD}, {_RUN}, bool smooth, bool entropy, bool correct)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, bool smooth, bool entropy, bool correct)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def row_stats(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    smooth,
-    entropy,
-    correct,
-):
+def row_stats(*arguments: Any) -> tuple[Tensor, ...]:
     """Statistics per token, zero where ignored: [N] each, [0] where not asked for."""
-    engine = _engine(impl, inputs)
-    rows = kept_rows(labels, ignore_index, weights[0].shape[0])
-    if labels.numel() == 0 or (rows is not None and rows.numel() == 0):
-        dtype = accumulation_dtype(inputs[0].dtype)
-        return tuple(_empty_stats(labels, dtype, smooth, entropy, correct, zero=True))
-    kept = _plain([_take(rows, hidden) for hidden in inputs])
-    operands = Operands(kept, _plain(weights), bias, class_weight, logit_scale, softcap)
-    targets = _take(rows, labels.reshape(-1))
-    with _no_autocast(labels):
-        stats = engine.forward(operands, targets, budget_bytes, smooth, entropy, correct)
-    return tuple(_put(rows, value, labels.numel()) for value in stats)
+    head, wanted = _Head(*arguments[:10]), arguments[10:]
+    engine, rows = head.engine(), head.kept_rows()
+    if _no_row(rows, head):
+        return head.stats(torch.zeros, *wanted)
+    operands, labels = head.operands(rows)
+    with head.no_autocast():
+        stats: RowStats = engine.forward(operands, labels, head.budget_bytes, *wanted)
+    correction = torch.ones_like(stats.nll) if stats.correction is None else stats.correction
+    return tuple(_put(rows, value, head.num_tokens) for value in (*stats[:5], correction))
 
 
 @row_stats.register_fake
-def _(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    smooth,
-    entropy,
-    correct,
-):
-    dtype = accumulation_dtype(inputs[0].dtype)
-    return tuple(_empty_stats(labels, dtype, smooth, entropy, correct, zero=False))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _Head(*arguments[:10]).stats(torch.empty, *arguments[10:])
 
 
 @torch.library.custom_op(
     "hf_fused_head::stats_and_grads",
     mutates_args=(),
-    schema=f"({_HEAD}, {_RUN}, Tensor nll_weight, Tensor? smooth_weight, Tensor? z_weight, "
-    "bool[] need_inputs, bool[] need_weights, bool need_bias, bool entropy, bool correct)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({_HEAD}, Tensor nll_weight, Tensor? smooth_weight, Tensor? z_weight, {_NEEDS}, "
+    "bool entropy, bool correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
-def stats_and_grads(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    nll_weight,
-    smooth_weight,
-    z_weight,
-    need_inputs,
-    need_weights,
-    need_bias,
-    entropy,
-    correct,
-):
+def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
-    engine = _engine(impl, inputs)
-    needs = Needs(need_inputs, need_weights, need_bias)
-    smooth = smooth_weight is not None
-    rows = kept_rows(labels, ignore_index, weights[0].shape[0])
-    if labels.numel() == 0 or (rows is not None and rows.numel() == 0):
-        dtype = accumulation_dtype(inputs[0].dtype)
-        stats = _empty_stats(labels, dtype, smooth, entropy, correct, zero=True)
-        return (*stats, _empty_grads(inputs, weights, bias, needs, zero=True, widen=True))
-    kept = _plain([_take(rows, hidden) for hidden in inputs])
-    operands = Operands(kept, _plain(weights), bias, class_weight, logit_scale, softcap)
-    targets = _take(rows, labels.reshape(-1))
-    row_weights = [_take(rows, weight) for weight in (nll_weight, smooth_weight, z_weight)]
-    with _no_autocast(labels):
+    head, weights, needs = _Head(*arguments[:10]), arguments[10:13], Needs(*arguments[13:16])
+    wanted = arguments[16:]
+    engine, rows = head.engine(), head.kept_rows()
+    if _no_row(rows, head):
+        stats = head.stats(torch.zeros, weights[1] is not None, *wanted)
+        return (*stats[:5], head.grads(torch.zeros, needs, widen=True))
+    operands, labels = head.operands(rows)
+    weights = _take_each(rows, weights)
+    with head.no_autocast():
         stats, grads = engine.forward_backward(
-            operands, targets, *row_weights, needs, budget_bytes, entropy, correct
+            operands, labels, *weights, needs, head.budget_bytes, *wanted
         )
-    for index in range(len(inputs)):
-        grads[index] = _put(rows, grads[index], labels.numel())
-    return (*(_put(rows, value, labels.numel()) for value in stats), grads)
+    values = (_put(rows, value, head.num_tokens) for value in stats[:5])
+    return (*values, _put_inputs(rows, grads, head))
 
 
 @stats_and_grads.register_fake
-def _(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    nll_weight,
-    smooth_weight,
-    z_weight,
-    need_inputs,
-    need_weights,
-    need_bias,
-    entropy,
-    correct,
-):
-    dtype = accumulation_dtype(inputs[0].dtype)
-    smooth = smooth_weight is not None
-    stats = _empty_stats(labels, dtype, smooth, entropy, correct, zero=False)
-    needs = Needs(need_inputs, need_weights, need_bias)
-    return (*stats, _empty_grads(inputs, weights, bias, needs, zero=False, widen=True))
+def _(*arguments: Any) -> tuple[Any, ...]:
+    head, needs = _Head(*arguments[:10]), Needs(*arguments[13:16])
+    stats = head.stats(torch.empty, arguments[11] is not None, *arguments[16:])
+    return (*stats[:5], head.grads(torch.empty, needs, widen=True))
 
 
 @torch.library.custom_op(
     "hf_fused_head::row_grads",
     mutates_args=(),
-    schema=f"({_HEAD}, {_RUN}, {_STATS}, Tensor g_nll, Tensor g_lse, Tensor? g_smooth, "
-    "Tensor? g_entropy, bool[] need_inputs, bool[] need_weights, bool need_bias) -> Tensor[]",
+    schema=f"({_HEAD}, {_STATS}, Tensor g_nll, Tensor g_lse, Tensor? g_smooth, "
+    f"Tensor? g_entropy, {_NEEDS}) -> Tensor[]",
 )
-def row_grads(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    nll,
-    lse,
-    smooth,
-    entropy,
-    correct,
-    g_nll,
-    g_lse,
-    g_smooth,
-    g_entropy,
-    need_inputs,
-    need_weights,
-    need_bias,
-):
+def row_grads(*arguments: Any) -> list[Tensor]:
     """Gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
-    engine = _engine(impl, inputs)
-    needs = Needs(need_inputs, need_weights, need_bias)
-    rows = kept_rows(labels, ignore_index, weights[0].shape[0])
-    if labels.numel() == 0 or (rows is not None and rows.numel() == 0):
-        return _empty_grads(inputs, weights, bias, needs, zero=True, widen=False)
-    kept = _plain([_take(rows, hidden) for hidden in inputs])
-    operands = Operands(kept, _plain(weights), bias, class_weight, logit_scale, softcap)
-    targets = _take(rows, labels.reshape(-1))
-    values = (nll, lse, smooth, entropy, correct)
-    stats = RowStats(*(_take(rows, value) if value.numel() else value for value in values))
-    upstream = [_take(rows, grad) for grad in (g_nll, g_lse, g_smooth, g_entropy)]
-    with _no_autocast(labels):
-        grads = engine.backward(operands, targets, stats, *upstream, needs, budget_bytes)
-    for index in range(len(inputs)):
-        grads[index] = _put(rows, grads[index], labels.numel())
-    return grads
+    head, needs = _Head(*arguments[:10]), Needs(*arguments[20:])
+    engine, rows = head.engine(), head.kept_rows()
+    if _no_row(rows, head):
+        return head.grads(torch.zeros, needs, widen=False)
+    operands, labels = head.operands(rows)
+    stats = RowStats(*_take_each(rows, arguments[10:16]))
+    upstream = _take_each(rows, arguments[16:20])
+    with head.no_autocast():
+        grads = engine.backward(operands, labels, stats, *upstream, needs, head.budget_bytes)
+    return _put_inputs(rows, grads, head)
 
 
 @row_grads.register_fake
-def _(
-    inputs,
-    weights,
-    bias,
-    class_weight,
-    labels,
-    ignore_index,
-    logit_scale,
-    softcap,
-    impl,
-    budget_bytes,
-    nll,
-    lse,
-    smooth,
-    entropy,
-    correct,
-    g_nll,
-    g_lse,
-    g_smooth,
-    g_entropy,
-    need_inputs,
-    need_weights,
-    need_bias,
-):
-    needs = Needs(need_inputs, need_weights, need_bias)
-    return _empty_grads(inputs, weights, bias, needs, zero=False, widen=False)
+def _(*arguments: Any) -> list[Tensor]:
+    return _Head(*arguments[:10]).grads(torch.empty, Needs(*arguments[20:]), widen=False)

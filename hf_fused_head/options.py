@@ -1,4 +1,4 @@
-"""The options of the loss as frozen data, what travels to an engine, and the choice of the engine."""
+"""The options of the loss as frozen data, what travels to an engine, and which engine it is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What a loss can tell beside itself; "accuracy" is told token by token, as `correct`.
+STAT_NAMES = ("accuracy", "entropy")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class RowStats(NamedTuple):
     smooth: Tensor  # [N] or [0], mean over the vocabulary of w_j * -log p_j
     entropy: Tensor  # [N] or [0]
     correct: Tensor  # [N] or [0], bool
+    # [N], p_j = correction * exp(z_j - lse): what rounding took from lse, for a later backward.
+    correction: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -135,6 +140,9 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype) -> C
         return Choice("torch", f"the tensors are on {device_type!r}, Triton kernels need CUDA")
     if obstacle is not None:
         return Choice("torch", f"the Triton kernels cannot be used: {obstacle}")
+    doubt = importlib.import_module("hf_fused_head.fused").unverified_reason(device_type)
+    if doubt is not None:
+        return Choice("torch", f"impl='triton' has to be asked for by name here: {doubt}")
     return Choice("triton", f"the tensors are on CUDA and the Triton kernels support {dtype}")
 
 

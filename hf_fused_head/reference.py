@@ -34,7 +34,11 @@ def forward(
     lse = top + torch.log1p(others + torch.expm1(target_logit - top))
     log_probs = logits - lse[:, None]
     empty = logits.new_empty(0)
-    smooth, entropy, correct = empty, empty.clone(), torch.empty(0, dtype=torch.bool).to(empty.device)
+    smooth, entropy, correct = (
+        empty,
+        empty.clone(),
+        torch.empty(0, dtype=torch.bool).to(empty.device),
+    )
     if want_smooth:
         weighted = log_probs if operands.class_weight is None else log_probs * operands.class_weight
         smooth = -weighted.sum(dim=1) / logits.shape[1]
@@ -85,7 +89,8 @@ def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """The logits, [N, V], and `tanh` inside the softcap for its derivative."""
     dtype = accumulation_dtype(operands.inputs[0].dtype)
     pairs = zip(operands.inputs, operands.weights, strict=True)
-    logits = sum(hidden.to(dtype) @ weight.to(dtype).T for hidden, weight in pairs)
+    products = [hidden.to(dtype) @ weight.to(dtype).T for hidden, weight in pairs]
+    logits = torch.stack(products).sum(dim=0) if len(products) > 1 else products[0]
     if operands.bias is not None:
         logits = logits + operands.bias.to(dtype)
     logits = logits * operands.logit_scale
@@ -106,8 +111,8 @@ def _dlogits(
 ) -> Tensor:
     """The gradient of the row objective with respect to `X W^T + bias`, [N, V]."""
     logits, squashed = _logits(operands)
-    log_probs = logits - stats.lse[:, None]
-    probs = log_probs.exp()
+    log_probs = logits.log_softmax(dim=1)
+    probs = logits.softmax(dim=1)
     class_weight = operands.class_weight
     alpha, beta = g_nll + g_lse, g_nll
     if g_smooth is not None:
@@ -130,9 +135,7 @@ def _dlogits(
     return dlogits * operands.logit_scale
 
 
-def _products(
-    operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool
-) -> list[Tensor]:
+def _products(operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool) -> list[Tensor]:
     """The gradients of inputs, weights and bias, in that order; empty where not needed."""
     dtype = dlogits.dtype
     inputs, weights, bias = operands.inputs, operands.weights, operands.bias

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -84,6 +85,7 @@ class Schedule:
         )
 
 
+@lru_cache(maxsize=1024)
 def plan(
     *,
     num_tokens: int,
@@ -223,7 +225,7 @@ class _Step:
         limit = _SLACK * min(costs)
         cheap = [entry for entry, cost in zip(fitting, costs, strict=True) if cost <= limit]
         workspace, tile = min(cheap)
-        return self.schedule(name, tile, workspace, fits=self.asked is None)
+        return self.schedule(name, tile, workspace)
 
     def tiles(self, name: str) -> Iterator[_Tile]:
         """Every tile that the engine could use for this schedule."""
@@ -289,12 +291,14 @@ class _Step:
         """Modelled passes, restarts included."""
         chunk, window, kept = tile
         restart = _RESTART.get(self.device_type, _RESTART["cuda"])
-        per_chunk = float(restart)
-        if name == "gradient_in_forward":
-            converts = self.item != self.acc and self.device_type == "cpu"
-            per_chunk += _CONVERT if converts and window < self.vocab_size else 0
-            return self.passes(name, kept) * (1 + per_chunk / chunk)
-        return self.passes(name, kept) * (1 + per_chunk / chunk + restart / window)
+        overhead = restart / chunk
+        # Whole rows in one piece start over with every chunk only.
+        if name != "gradient_in_forward" or window < self.vocab_size:
+            overhead += restart / window
+        converts = self.item != self.acc and self.device_type == "cpu"
+        if name == "gradient_in_forward" and converts and window < self.vocab_size:
+            overhead += _CONVERT / chunk
+        return self.passes(name, kept) * (1 + overhead)
 
     def rank(self, schedule: Schedule) -> tuple[bool, float]:
         """Orders schedules: by cost those within the budget, then by size those that are not."""
@@ -370,15 +374,16 @@ class _Step:
             return self.vocab_size * self.grad_columns * self.acc
         return rows * self.grad_columns * self.acc
 
-    def schedule(self, name: str, tile: _Tile, workspace: int, fits: bool) -> Schedule:
+    def schedule(self, name: str, tile: _Tile, workspace: int) -> Schedule:
         """The record for people and engines."""
         chunk, window, kept = tile
-        reason = f"{_REASONS[name]}; within the budget of {_mib(self.budget)}"
-        if not fits:
-            reason = (
-                f"{_REASONS[name]}; the budget of {_mib(self.asked or self.budget)} was raised to "
-                f"{_mib(workspace)}, about the smallest step"
-            )
+        asked = self.budget if self.asked is None else self.asked
+        fits = workspace <= asked
+        verdict = f"within the budget of {_mib(asked)}"
+        if not fits and self.asked is None:
+            verdict = f"more than the budget of {_mib(asked)}"
+        elif not fits:
+            verdict = f"the budget of {_mib(asked)} was raised, the smallest step needs more"
         gradient = self.num_tokens * self.hidden_size if self.grad_hidden else 0
         gradient += self.vocab_size * self.grad_columns
         return Schedule(
@@ -390,7 +395,7 @@ class _Step:
             gradient_bytes=gradient * self.item,
             kept_share=kept,
             fits=fits,
-            reason=reason,
+            reason=f"{_REASONS[name]}; {verdict}",
         )
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from hf_fused_head.options import Operands, RowStats
 
+# A common factor of a whole row does not average out, so it is worth more digits.
+WIDEST = torch.float64
+
 
 class Scratch:
     """Two reusable blocks of memory beside the tile, made when first asked for."""
@@ -151,7 +154,9 @@ class Tally:
             entropy = log_total - self.spread / total
         if want_correct:
             correct = self.best == self.labels
-        return RowStats(nll, self.top + log_total, smooth, entropy, correct)
+        lse = self.top + log_total
+        correction = ((lse - self.top).to(WIDEST).exp() / total).to(lse.dtype)
+        return RowStats(nll, lse, smooth, entropy, correct, correction)
 
 
 class RowGradient(NamedTuple):
@@ -167,7 +172,9 @@ class RowGradient(NamedTuple):
 
     def rows(self, rows: slice) -> RowGradient:
         """The part of some rows."""
-        return RowGradient(*(None if value is None else value[rows] for value in self))
+        gamma = None if self.gamma is None else self.gamma[rows]
+        eta = None if self.eta is None else self.eta[rows]
+        return RowGradient(self.factor[rows], self.target[rows], gamma, eta)
 
 
 def row_gradient(
@@ -196,6 +203,8 @@ def row_gradient(
         surprise = torch.where(prob > 0, prob * (stats.nll - stats.entropy), 0.0)
         target = target + g_entropy * surprise
         alpha = alpha - g_entropy * stats.entropy
+    if stats.correction is not None:
+        alpha = alpha * stats.correction
     return RowGradient(
         alpha * scale,
         target * scale,
@@ -231,8 +240,8 @@ def finish_gradient(
 
     Args:
         block: [n, columns], the memory of `exps`, or with softcap the tanh; overwritten.
-        exps: [n, columns], p up to the row factor; overwritten.
-        gradient: Of these rows; without `eta`, `factor` may include what `exps` lacks to p.
+        exps: [n, columns], p up to a factor that is in `gradient`; overwritten.
+        gradient: Of these rows.
         operands: The head.
         labels: [n] int64.
         first: Vocabulary index of the first column.

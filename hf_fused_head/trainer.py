@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 _IGNORED = -100  # The label without loss, all over transformers.
 _STATS = ("accuracy", "entropy")
+_Gather = Callable[[Tensor], Tensor]
 
 
 class FusedHeadTrainer(Trainer):
@@ -35,6 +36,9 @@ class FusedHeadTrainer(Trainer):
     Logs of training also hold `mean_token_accuracy`, `entropy` and `perplexity`: means over the
     tokens with loss since the last log, on all processes. Evaluation returns them with its prefix.
     `perplexity` is that of the plain cross-entropy, whatever smoothing or z-loss is trained on.
+
+    With label smoothing a mixture-of-experts model keeps its auxiliary loss; the stock Trainer,
+    which takes the labels away from the model, loses it there.
 
     Steps that need logits get them from the stock head and say so once: those with
     `compute_metrics` or `predict()`, and all of them with `compute_loss_func`.
@@ -126,7 +130,7 @@ class FusedHeadTrainer(Trainer):
         has_labels = self._loss_is_from_head(inputs)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if has_labels:
-            gather = self.gather_function if self.args.world_size > 1 else None
+            gather = cast(_Gather, self.gather_function) if self.args.world_size > 1 else None
             self._eval_sums.add(self._last_stats(model), _targets(inputs), gather)
         return result
 
@@ -143,16 +147,20 @@ class FusedHeadTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        metrics = cast(dict[str, float], output.metrics)
         for name, value in self._eval_sums.means().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+            metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log; that of a training window also holds the metrics that need no logits."""
         if self.is_in_train and "loss" in logs:
-            logs.update(self._train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum")))
+            logs.update(self._train_sums.means(self._over_processes))
             self._train_sums = TokenSums()
         super().log(logs, start_time)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(sums, "sum"))
 
     def _is_fused(self) -> bool:
         return patch_report(self.accelerator.unwrap_model(self.model)).fused
@@ -181,7 +189,7 @@ class TokenSums:
         self,
         stats: LossStats | None,
         targets: Tensor | None = None,
-        gather: Callable[[Tensor], Tensor] | None = None,
+        gather: _Gather | None = None,
     ) -> None:
         """Adds the tokens of one forward.
 

@@ -1,4 +1,7 @@
-"""Adapters that put the fused head into Hugging Face models; installs as `hf_fused_head.patches`."""
+"""Adapters that put the fused head into Hugging Face models.
+
+The folder installs as `hf_fused_head.patches`.
+"""
 
 if __name__ != "hf_fused_head.patches":
     raise ImportError(

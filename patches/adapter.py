@@ -15,18 +15,18 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fused_head.functional import STAT_NAMES, LossStats
-from hf_fused_head.options import LossOptions, resolve_impl
+from hf_fused_head.options import Impl, LossOptions
 
 from . import neighbours, swap
 from .call import Call, LossArguments, PatchState, causal_convention
-from .errors import UnsupportedModelError
+from .errors import RowCountError, UnsupportedModelError
 from .heads import innermost_head, kind_of
 from .registry import facts_of, family_of
 from .settings import PatchOptions
@@ -69,12 +69,15 @@ def apply_patch(
         UnsupportedModelError: If the model cannot be fused. What only a forward can tell is raised
             by the first forward with labels, which leaves the model stock.
         ValueError: If an option is out of range.
-        NotImplementedError: If the named `impl` does not support the model.
     """
     options = PatchOptions(
         impl, memory_budget_mib, label_smoothing, z_loss, _checked_stats(stats), strict
     )
     LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)
+    if impl not in get_args(Impl):
+        raise ValueError(
+            f"`impl` must be one of {get_args(Impl)}, got {impl!r}: 'auto' picks a fitting one"
+        )
     if memory_budget_mib is not None and not memory_budget_mib > 0:
         raise ValueError(
             f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: None means "
@@ -87,16 +90,10 @@ def apply_patch(
             raise
         _refuse_mildly(neighbours.unwrapped(model), error)
         return model
-    head = _head_of(target)
-    parameter = next(head.parameters(), torch.empty(0))
-    if parameter.is_floating_point():
-        resolve_impl(impl, parameter.device, parameter.dtype)
     state = target.__dict__.get(STATE) or PatchState(options)
     state.options = options
     _refusals.pop(target, None)
-    swap.swap(target, fused_model_class, state)
-    neighbours.compose(target, _run)
-    _adopt(head, state)
+    _adopt_model(target, state)
     return model
 
 
@@ -165,7 +162,7 @@ def last_stats(model: nn.Module) -> LossStats | None:
         forward and where nothing was asked for.
     """
     state = state_of(model)
-    return None if state is None else state.stats
+    return None if state is None or state.stats is None else LossStats(*state.stats)  # type: ignore[arg-type]
 
 
 def state_of(model: nn.Module) -> PatchState | None:
@@ -187,10 +184,8 @@ def static_obstacle(target: Any) -> str | None:
     head = target.get_output_embeddings()
     if not isinstance(head, nn.Module):
         return f"{name} has no output embeddings: load it with its language modelling head"
-    parameters = inspect.signature(type(target).forward).parameters
-    if "labels" not in parameters and not any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-    ):
+    forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
+    if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
         return f"the forward of {name} takes no labels"
     rival = neighbours.rival_of(target)
     if rival is not None:
@@ -202,20 +197,23 @@ def static_obstacle(target: Any) -> str | None:
             f"its loss function is {spelled}, not a cross-entropy of transformers: unset "
             "model.loss_function or leave the model stock"
         )
-    return neighbours.instance_forward_obstacle(target, name) or head_obstacle(head)
+    return neighbours.instance_forward_obstacle(target, name, True) or head_obstacle(head)
 
 
 def head_obstacle(head: nn.Module) -> str | None:
     """Why a head's forward cannot be taken over."""
     inner = innermost_head(head)
-    return neighbours.instance_forward_obstacle(inner, f"the head ({type(inner).__name__})")
+    name = f"the head ({type(inner).__name__})"
+    return neighbours.instance_forward_obstacle(inner, name, False)
 
 
 def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
     names = (stats,) if isinstance(stats, str) else tuple(stats)
     unknown = [name for name in names if name not in STAT_NAMES]
     if unknown:
-        raise ValueError(f"`stats` must name some of {STAT_NAMES}, got {unknown[0]!r}: leave it out")
+        raise ValueError(
+            f"`stats` must name some of {STAT_NAMES}, got {unknown[0]!r}: leave it out"
+        )
     return names
 
 
@@ -230,9 +228,7 @@ def _patchable(model: Any) -> PreTrainedModel:
 def _refuse_mildly(target: nn.Module, error: UnsupportedModelError) -> None:
     if isinstance(target, nn.Module):
         _refusals[target] = str(error)
-    warnings.warn(
-        f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3
-    )
+    warnings.warn(f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3)
 
 
 def _head_of(model: Any) -> nn.Module:
@@ -256,11 +252,11 @@ def _adopt(head: nn.Module, state: PatchState) -> None:
 @functools.cache
 def fused_model_class(base: type) -> type:
     """`base` with a forward that opens a call, and a loss function that hands its loss back."""
-    stock_forward, stock_loss = base.forward, base.loss_function
+    stock_loss_function = base.loss_function.fget
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(self, STATE, None)
-        stock = functools.partial(stock_forward, self)
+        stock = functools.partial(base.forward, self)
         if state is None:
             return stock(*args, **kwargs)
         return _run(self, state, stock, args, kwargs)
@@ -268,12 +264,12 @@ def fused_model_class(base: type) -> type:
     def loss_function(self: Any) -> Any:
         state = getattr(self, STATE, None)
         call = None if state is None else state.current()
-        return stock_loss.fget(self) if call is None else call.hand_back
+        return stock_loss_function(self) if call is None else call.hand_back
 
     namespace = {
-        "forward": swap.method_like(stock_forward, forward),
-        "loss_function": property(loss_function, stock_loss.fset),
-        "_fused_labels": _positions(stock_forward),
+        "forward": swap.method_like(base.forward, forward),
+        "loss_function": property(loss_function, base.loss_function.fset),
+        "_fused_labels": _positions(base.forward),
         "_fused_maker": fused_model_class,
     }
     return swap.make_subclass(base, namespace)
@@ -282,17 +278,17 @@ def fused_model_class(base: type) -> type:
 @functools.cache
 def fused_head_class(base: type) -> type:
     """`base` with a forward that answers an open call with the loss."""
-    stock_forward, kind = base.forward, kind_of(base)
+    kind = kind_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(self, STATE, None)
         call = None if state is None else state.current()
         if call is None or call.head is not self:
-            return stock_forward(self, *args, **kwargs)
-        return call.answer(kind, stock_forward, args, kwargs)
+            return base.forward(self, *args, **kwargs)
+        return call.answer(kind, base.forward, args, kwargs)
 
     namespace = {
-        "forward": swap.method_like(stock_forward, forward),
+        "forward": swap.method_like(base.forward, forward),
         "_fused_maker": fused_head_class,
     }
     return swap.make_subclass(base, namespace)
@@ -335,11 +331,33 @@ def _run(
         return _open(model, state, arguments).run(stock, args, kwargs)
     except UnsupportedModelError as error:
         remove_patch(model)
+        if isinstance(error, RowCountError):
+            _let_stock_complain(model, state, stock, args, kwargs)
         if state.options.strict or kwargs.get("past_key_values") is not None:
             _refusals[model] = str(error)
             raise
         _refuse_mildly(model, error)
         return stock(*args, **kwargs)
+
+
+def _let_stock_complain(
+    model: Any, state: PatchState, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+) -> None:
+    """Lets stock's own error out, and the patch stay, where the caller's shapes are wrong."""
+    mistaken = True
+    try:
+        stock(*args, **kwargs)
+        mistaken = False
+    finally:
+        if mistaken:
+            _adopt_model(model, state)
+
+
+def _adopt_model(model: Any, state: PatchState) -> None:
+    """Swaps the classes of the model and of its head."""
+    swap.swap(model, fused_model_class, state)
+    neighbours.compose(model, _run)
+    _adopt(_head_of(model), state)
 
 
 def _open(model: Any, state: PatchState, arguments: LossArguments) -> Call:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from hf_fused_head.functional import LossStats
 from hf_fused_head.options import LossOptions
 
 from .deferred import ReplicaLogits, UnavailableLogits, deferred_logits
-from .errors import LogitsUnavailableError, UnsupportedModelError
+from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
 from .heads import HeadLoss, head_loss
 from .logits_source import LogitsSource
 from .registry import Facts
@@ -57,7 +56,7 @@ class PatchState:
     def __init__(self, options: PatchOptions) -> None:
         self.options = options
         self.calls: dict[int, Call | None] = {}
-        self.stats: LossStats | None = None
+        self.stats: tuple[Tensor | None, ...] | None = None
         self.last: LastForward | None = None
         self.rowwise_heads: set[type] = set()
 
@@ -109,7 +108,8 @@ class Call:
     ) -> None:
         self.state = state
         self.head = head
-        self.arguments = arguments
+        # A model with a loss of its own ignores what `loss_function` would be given.
+        self.arguments = LossArguments(arguments.labels) if facts.own_loss else arguments
         self.loss_function = loss_function
         self.facts = facts
         self.replica = replica
@@ -155,9 +155,7 @@ class Call:
         target = self._target(hidden)
         base = type(self.head)
         verify = base not in self.state.rowwise_heads
-        result = head_loss(
-            kind, self.head, stock_forward, hidden, target, self._settings(), verify
-        )
+        result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
         self._note(base, hidden, target, result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
@@ -173,7 +171,7 @@ class Call:
     def _target(self, hidden: Tensor) -> Tensor:
         """The labels as the stock loss function shifts them, on the device of the head."""
         labels, shift_labels, _, ignore_index = self.arguments
-        if self.loss_function is ForMaskedLMLoss:
+        if self.facts.own_loss or self.loss_function is ForMaskedLMLoss:
             target = labels
         elif shift_labels is None:
             target = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
@@ -181,10 +179,10 @@ class Call:
             target = shift_labels
         rows = hidden.shape[:-1].numel()
         if target.numel() != rows:
-            raise ValueError(
-                f"Expected input batch_size ({rows}) to match target batch_size "
-                f"({target.numel()}): with logits_to_keep, pass the labels of the kept positions "
-                "only"
+            raise RowCountError(
+                f"the head must get a hidden state for each label, got {rows} for "
+                f"{target.numel()}: this model cuts or repeats tokens on the way, leave it stock "
+                "(remove_patch)"
             )
         return target.to(hidden.device)
 
@@ -211,7 +209,8 @@ class Call:
         if state.options.stats:
             # The stock forward may add to the loss in place, so the statistics keep their own.
             loss = result.stats.loss.detach().clone()
-            state.stats = result.stats._replace(loss=loss)
+            # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.
+            state.stats = (loss, *result.stats[1:])
         if torch.compiler.is_compiling():
             return
         state.rowwise_heads.add(base)
@@ -237,15 +236,11 @@ class Call:
         **kwargs: Any,
     ) -> Tensor:
         """The finished loss, in the place of the stock loss function, once everything fits."""
-        if not isinstance(logits, HeadTrace) or logits.call is not self:
+        self._check_logits(logits)
+        if self.facts.own_loss:
             raise UnsupportedModelError(
-                "the loss must be computed from the output of get_output_embeddings(), got logits "
-                "from elsewhere: leave this model stock (remove_patch)"
-            )
-        if self.handed_back:
-            raise UnsupportedModelError(
-                "the loss function must be called once a forward, got a second time: leave this "
-                "model stock (remove_patch)"
+                "the model's class is known to call `cross_entropy` itself, got a call of its "
+                "loss_function: leave this model stock (remove_patch)"
             )
         given = LossArguments(labels, shift_labels, num_items_in_batch, ignore_index)
         for name, expected, got in zip(given._fields, self.arguments, given, strict=True):
@@ -263,6 +258,54 @@ class Call:
         self.handed_back = True
         return self._finished(logits)
 
+    def hand_back_own(
+        self,
+        logits: HeadTrace,
+        target: Any,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The finished loss, in the place of `cross_entropy` that the forward calls itself."""
+        self._check_logits(logits)
+        if not self.facts.own_loss:
+            raise UnsupportedModelError(
+                "the model's forward must compute its loss with `self.loss_function`, got a call "
+                "of `cross_entropy`: leave this model stock (remove_patch)"
+            )
+        plain = weight is None and size_average is None and reduce is None
+        if not plain or (ignore_index, reduction, label_smoothing) != (-100, "mean", 0.0):
+            raise UnsupportedModelError(
+                "the model's forward must call `cross_entropy` with logits and labels alone, got "
+                "other options: leave this model stock (remove_patch)"
+            )
+        if not _same_values(self.arguments.labels, target):
+            raise UnsupportedModelError(
+                "the loss must get the `labels` that the forward was called with, got other ones: "
+                "this model changes them on the way, leave it stock (remove_patch)"
+            )
+        self._check_facts(logits)
+        self.handed_back = True
+        loss = self._finished(logits)
+        # Autocast runs `cross_entropy` in float32; else it keeps the dtype of the logits.
+        autocast = torch.is_autocast_enabled(logits.device.type)
+        return loss if autocast else loss.to(logits.dtype)
+
+    def _check_logits(self, logits: Any) -> None:
+        if not isinstance(logits, HeadTrace) or logits.call is not self:
+            raise UnsupportedModelError(
+                "the loss must be computed from the output of get_output_embeddings(), got logits "
+                "from elsewhere: leave this model stock (remove_patch)"
+            )
+        if self.handed_back:
+            raise UnsupportedModelError(
+                "the loss function must be called once a forward, got a second time: leave this "
+                "model stock (remove_patch)"
+            )
+
     def _check_facts(self, logits: HeadTrace) -> None:
         observed = observed_facts(logits.steps)
         if not same_facts(observed, self.facts):
@@ -279,7 +322,7 @@ class Call:
             loss = _WithValue.apply(loss, made.detach())
         num_items = self.arguments.num_items_in_batch
         if isinstance(num_items, Tensor) and num_items.dim():
-            return loss.reshape(num_items.shape)
+            return loss.clone().reshape(num_items.shape)
         # Mixture-of-experts models add their auxiliary loss in place.
         return loss.clone()
 
@@ -290,7 +333,8 @@ class Call:
                 "the logits of a compiled or replicated fused forward do not exist: call the model "
                 "without labels or use remove_patch(model)"
             )
-        return deferred_logits(self.source, trace.steps, trace.dtype)
+        logits = deferred_logits(self.source, trace.steps, trace.dtype)
+        return logits if trace.shape == self.source.shape else logits.reshape(trace.shape)
 
     def _settled(self, output: Any) -> Any:
         """The stock output with logits that can be asked, where the stand-in is."""
@@ -337,6 +381,17 @@ def _same(expected: Any, got: Any) -> bool:
     return expected == got
 
 
+def _same_values(labels: Tensor, target: Any) -> bool:
+    """Whether `target` is the labels, flattened or moved to another device."""
+    if not isinstance(target, Tensor) or target.numel() != labels.numel():
+        return False
+    if torch.compiler.is_compiling():
+        # Neither addresses nor values can be asked for; eager forwards have been asked.
+        return True
+    if target.data_ptr() == labels.data_ptr() and target.is_contiguous():
+        return True
+    return torch.equal(target.reshape(-1).to(labels.device), labels.reshape(-1))
+
+
 def _spell(facts: Facts) -> str:
     return f"scale {facts.logit_scale:g} and softcap {facts.softcap}"
-

@@ -8,10 +8,12 @@ that the module uses, wherever it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from hf_fused_head.functional import LossStats
@@ -99,9 +101,10 @@ class _Chunk:
         """The losses of these rows, their logits gone again."""
         chunk = cls()
         run = checkpoint if torch.is_grad_enabled() and labels.numel() else _call
-        chunk.total, *chunk.rows = run(
+        total, *rows = run(
             chunk._losses, head_forward, hidden, labels, settings, use_reentrant=False
         )
+        chunk.total, chunk.rows = total, tuple(rows)
         return chunk
 
     def _losses(
@@ -156,28 +159,41 @@ def _chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
     return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
 
 
-def check_rows(head_forward: HeadForward, hidden: Tensor) -> None:
+def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> None:
     """Refuses a head that mixes tokens, seen by running one row alone and beside another.
 
     Args:
-        head_forward: The head's forward.
+        head: The module; its dropouts are off meanwhile.
+        head_forward: Its stock forward.
         hidden: [..., hidden].
 
     Raises:
         UnsupportedModelError: If the first row's logits change with the second row's presence.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])[:2]
-    with torch.no_grad(), torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+    cuda = [rows.device] if rows.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), _without_dropout(head):
         together, alone, again = head_forward(rows), head_forward(rows[:1]), head_forward(rows[:1])
-    noise = (again.double() - alone.double()).abs().max()
-    if together.shape[1:] != alone.shape[1:]:
-        difference, scale = float("inf"), 1.0
-    else:
-        difference = (together[:1].double() - alone.double()).abs().max() - noise
-        scale = alone.double().abs().max()
+    same_shape = together.dim() == 2 and together.shape[1:] == alone.shape[1:]
+    if not same_shape or not torch.equal(alone, again):
+        return  # No map of tokens, which the chunks will tell, or random by means of its own.
+    difference = (together[:1].double() - alone.double()).abs().max()
+    scale = alone.double().abs().max()
     # Another batch size may pick another kernel: its rounding is allowed, a mixture is not.
     if difference > 0.05 * scale:
         raise UnsupportedModelError(
             "the head's logits of a token must not depend on other tokens, got a module that "
             "mixes them: leave this model stock (remove_patch)"
         )
+
+
+@contextlib.contextmanager
+def _without_dropout(head: nn.Module) -> Iterator[None]:
+    dropouts = [m for m in head.modules() if isinstance(m, _DropoutNd) and m.training]
+    for module in dropouts:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True

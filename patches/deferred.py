@@ -33,7 +33,7 @@ class Pending:
     """
 
     def __init__(self, make: Callable[[], Tensor], requires_grad: bool) -> None:
-        self.make: Callable[[], Tensor] | None = make
+        self.make: Callable[..., Tensor] = make
         self.requires_grad = requires_grad
         self.hooks: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
         self._value: Tensor | None = None
@@ -41,12 +41,14 @@ class Pending:
     @property
     def value(self) -> Tensor:
         """The tensor, made once."""
-        if self._value is None:
-            self._value = self.make() if self.make is not None else torch.empty(0)
-            self.make = None
+        value = self._value
+        if value is None:
+            value = self._value = self.make()
+            # What it was made from is not needed any more.
+            self.make = torch.empty
             for hook in self.hooks.values():
-                self._value.register_hook(hook)
-        return self._value
+                value.register_hook(hook)
+        return value
 
     def grad_fn(self) -> Any:
         """None while there is no tensor: DDP asks, and leaves alone what has none."""
@@ -99,8 +101,7 @@ class DeferredLogits(Tensor):
             deferred = _deferred_result(func, args[0], args[1:], kwargs)
             if deferred is not None:
                 return deferred
-        args, kwargs = pytree.tree_map(_made, (args, kwargs))
-        return func(*args, **kwargs)
+        return _on_real_tensors(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
@@ -118,8 +119,7 @@ class DeferredLogits(Tensor):
                     f"{func} reached deferred logits below autograd, where their gradient would be "
                     f"lost: use logits * 1 first, or {REMEDY}"
                 )
-        args, kwargs = pytree.tree_map(_made, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _on_real_tensors(func, args, kwargs or {})
 
 
 def deferred_logits(source: LogitsSource, steps: tuple[Step, ...], dtype: torch.dtype) -> Tensor:
@@ -128,6 +128,11 @@ def deferred_logits(source: LogitsSource, steps: tuple[Step, ...], dtype: torch.
     device = moves[-1] if moves else source.device
     pending = Pending(functools.partial(source.replayed, steps), source.requires_grad)
     return DeferredLogits(pending, source.shape, dtype, device)
+
+
+def _on_real_tensors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    real = pytree.tree_map(_made, (args, kwargs))
+    return func(*real[0], **real[1])
 
 
 def _made(leaf: Any) -> Any:
@@ -140,15 +145,22 @@ _CASTS = {
     Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16,
 }
+
+
+def _getter(name: str) -> Any:
+    """How `__torch_function__` is told that an attribute is read."""
+    return getattr(Tensor, name).__get__
+
+
 _AUTOGRAD: dict[Any, Callable[..., Any]] = {
-    Tensor.requires_grad.__get__: lambda pending: pending.requires_grad,
-    Tensor.is_leaf.__get__: lambda pending: not pending.requires_grad,
-    Tensor.grad_fn.__get__: Pending.grad_fn,
+    _getter("requires_grad"): lambda pending: pending.requires_grad,
+    _getter("is_leaf"): lambda pending: not pending.requires_grad,
+    _getter("grad_fn"): Pending.grad_fn,
     Tensor.register_hook: Pending.register_hook,
 }
 _METADATA = {
     *(
-        getattr(Tensor, name).__get__
+        _getter(name)
         for name in (
             *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "names"),
             *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_mkldnn"),
@@ -179,11 +191,20 @@ def _deferred_result(
     if func in _CASTS and plain:
         return _cast(logits, _CASTS[func])
     if func is Tensor.to and "copy" not in kwargs and len(args) < 4:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        same_device = device is None or torch.empty(0, device=device).device == logits.device
-        if same_device and memory_format is None:
-            return _cast(logits, dtype)
+        # The parser behind nn.Module.to as well.
+        parse: Any = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
+        device, dtype, _, memory_format = parse(*args, **kwargs)
+        if memory_format is None:
+            return _cast(logits if device is None else _moved(logits, device), dtype)
     return None
+
+
+def _moved(logits: DeferredLogits, device: torch.device) -> DeferredLogits:
+    # accelerate's device maps bring every output back to where the inputs lay.
+    device = torch.empty(0, device=device).device  # With its index.
+    if device == logits.device:
+        return logits
+    return _derived(logits, Tensor.to, (device,), logits.dtype, True, device)
 
 
 def _cast(logits: DeferredLogits, dtype: torch.dtype | None) -> DeferredLogits | None:
@@ -198,6 +219,7 @@ def _derived(
     args: tuple[Any, ...],
     dtype: torch.dtype,
     differentiable: bool,
+    device: torch.device | None = None,
 ) -> DeferredLogits:
     """`function(logits, *args)` as it would be now, made on first use."""
     parent, mode = logits._pending, ComputeMode.current(logits.device.type)
@@ -207,7 +229,8 @@ def _derived(
             return function(parent.value, *args)
 
     requires_grad = differentiable and parent.requires_grad and mode.grad_enabled
-    return DeferredLogits(Pending(make, requires_grad), logits.shape, dtype, logits.device)
+    pending = Pending(make, requires_grad)
+    return DeferredLogits(pending, logits.shape, dtype, device or logits.device)
 
 
 class UnavailableLogits:

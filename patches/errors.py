@@ -7,6 +7,13 @@ class UnsupportedModelError(NotImplementedError):
     """The model cannot be fused; the message says why, and the model is the stock one again."""
 
 
+class RowCountError(UnsupportedModelError):
+    """The head got another number of hidden states than there are labels.
+
+    Either the caller's mistake, which stock names as well, or a model that cuts or repeats tokens.
+    """
+
+
 class LogitsUnavailableError(RuntimeError, AttributeError):
     """Somebody reads logits that were never made and can no longer be made.
 

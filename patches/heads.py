@@ -73,9 +73,9 @@ def innermost_head(module: nn.Module) -> nn.Module:
 
 
 def _passed_through(module: nn.Module) -> nn.Module | None:
-    children = module._modules
+    children: Any = module._modules
     if "modules_to_save" in children and "original_module" in children:
-        active = module.active_adapters
+        active: Any = module.active_adapters
         copies = children["modules_to_save"]
         if module.disable_adapters or not active or active[0] not in copies:
             return children["original_module"]
@@ -110,7 +110,7 @@ def head_loss(
     if operands is None:
         forward = functools.partial(stock_forward, head)
         if verify_rows and not torch.compiler.is_compiling():
-            check_rows(forward, hidden)
+            check_rows(head, forward, hidden)
         stats, vocab_size, dtype = chunked_cross_entropy(forward, hidden, target, settings)
         return HeadLoss(stats, vocab_size, dtype, MODULE)
     weight = operands.pairs[0][1]

@@ -1,4 +1,4 @@
-"""Where logits come from that were not made: the head's own forward, run again as it was run then."""
+"""Where logits come from that were not made: the head's forward, run again as it was run then."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .errors import LogitsUnavailableError
 from .trace import Step, replay
@@ -105,15 +106,17 @@ class LogitsSource:
 
     def head_output(self) -> Tensor:
         """The head's stock output, made once."""
-        if self.output is None:
-            head, hidden = self.head, self.hidden
-            if head is None or hidden is None:
-                raise LogitsUnavailableError(f"these logits were dropped: {REMEDY}")
-            self._check(head, hidden)
-            with self.mode.restored(), self.suspended():
-                self.output = head.forward(hidden)
-            self.head = self.hidden = None
-        return self.output
+        if self.output is not None:
+            return self.output
+        head, hidden = self.head, self.hidden
+        if head is None or hidden is None:
+            raise LogitsUnavailableError(f"these logits were dropped: {REMEDY}")
+        self._check(head, hidden)
+        with self.mode.restored(), self.suspended():
+            output: Tensor = head.forward(hidden)
+        self.head = self.hidden = None
+        self.output = output
+        return output
 
     def replayed(self, steps: tuple[Step, ...]) -> Tensor:
         """The head's stock output after the recorded operations."""
@@ -184,12 +187,12 @@ def _switches(module: nn.Module) -> tuple[Any, ...]:
         active if isinstance(active, str) else tuple(active),
         tuple(state.get("merged_adapters", ())),
         tuple(sorted(state.get("scaling", {}).items())),
-        module.training if isinstance(module, nn.modules.dropout._DropoutNd) else None,
+        module.training if isinstance(module, _DropoutNd) else None,
     )
 
 
 def _random_obstacle(head: nn.Module) -> str | None:
     for module in head.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             return "the head has dropout, so a second run of it would draw another mask"
     return None

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
-from .swap import STATE
+from .swap import STATE, is_bound_forward
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
 _RIVALS = {
@@ -33,7 +33,9 @@ class ComposedForward:
     `remove_patch`.
     """
 
-    def __init__(self, model: nn.Module, inner: Callable[..., Any], run: Callable[..., Any]) -> None:
+    def __init__(
+        self, model: nn.Module, inner: Callable[..., Any], run: Callable[..., Any]
+    ) -> None:
         self.model = model
         self.inner = inner
         self.run = run
@@ -83,18 +85,26 @@ def rival_of(model: nn.Module) -> str | None:
     return None
 
 
-def instance_forward_obstacle(module: nn.Module, name: str) -> str | None:
-    """Why a forward on the instance cannot be composed with; None when it can or there is none."""
+def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) -> str | None:
+    """Why a forward on the instance is in the way; None when it is not or there is none.
+
+    Args:
+        module: The model or its head.
+        name: For the message.
+        composable: `compose` can put ours around wrappers that do not lead to ours.
+    """
     forward = module.__dict__.get("forward")
     if forward is None or isinstance(forward, ComposedForward) or has_device_hook(module):
+        return None
+    if is_bound_forward(module, forward):
         return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]
     for function in _chain(forward):
-        if function in own or getattr(function, "_fused_forward", False):
+        if getattr(function, "_fused_forward", False) or (composable and function in own):
             return None
         package = _module_of(function).split(".")[0]
-        if package not in _TRANSPARENT:
+        if package not in _TRANSPARENT or not composable:
             return (
                 f"somebody has put a forward on {name}, {_name_of(function)}: apply_patch before "
                 "that, or leave this model stock"

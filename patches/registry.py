@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import (
+    bart,
     cohere,
     falcon,
     gemma,
@@ -24,6 +25,7 @@ from . import (
     nanochat,
     phi,
     qwen,
+    xlm,
     xlstm,
 )
 from .family import Family
@@ -32,17 +34,21 @@ FAMILIES: tuple[Family, ...] = tuple(
     family
     for module in (
         *(llama, qwen, mistral, gemma, cohere, granite, phi, gpt2),
-        *(falcon, hyperclovax, nanochat, xlstm),
+        *(falcon, hyperclovax, nanochat, xlstm, bart, xlm),
     )
     for family in module.FAMILIES
 )
 
 
 class Facts(NamedTuple):
-    """What happens between the head and the loss: `cap * tanh(scale * z / cap)`."""
+    """What happens between the head and the loss: `cap * tanh(scale * z / cap)`.
+
+    `own_loss` is `Family.own_loss`.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+    own_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def facts_of(model: Any, family: Family | None) -> Facts:
     softcap = None
     if family.softcap_field is not None:
         softcap = getattr(config, family.softcap_field, None)
-    return Facts(scale, None if softcap is None else float(softcap))
+    return Facts(scale, None if softcap is None else float(softcap), family.own_loss)
 
 
 def _spell_scale(family: Family) -> str:

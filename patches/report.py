@@ -146,7 +146,10 @@ def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
         device, dtype = weight.device, weight.dtype
     else:
         device, dtype = state.last.device, state.last.dtype
-    choice = resolve_impl(state.options.impl, device, dtype)
+    try:
+        choice = resolve_impl(state.options.impl, device, dtype)
+    except NotImplementedError as error:
+        return f"none here, {error}"
     return f"{choice.impl}: {choice.reason}"
 
 

@@ -52,7 +52,7 @@ def swap(module: nn.Module, make: Callable[[type], type], state: Any) -> None:
     """Gives `module` the class that `make` builds on its own, and `state`."""
     if swapped_class(type(module)) is None:
         module.__class__ = make(type(module))
-        _refresh_old_forward(module)
+        _refresh_bound_forwards(module)
     module.__dict__[STATE] = state
 
 
@@ -62,7 +62,7 @@ def restore(module: nn.Module) -> None:
     ours = swapped_class(type(module))
     if ours is not None:
         module.__class__ = _without(type(module), ours)
-        _refresh_old_forward(module)
+        _refresh_bound_forwards(module)
 
 
 def swapped_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -82,19 +82,24 @@ def _without(cls: type, ours: type) -> type:
     return type(cls)(cls.__name__, bases, kept)
 
 
-def _refresh_old_forward(module: nn.Module) -> None:
-    """Puts the forward of the present class where accelerate's device hooks call it.
-
-    They keep the bound method of the class as `_old_forward`. Anything else in there is somebody's
-    own and stays.
-    """
-    old = module.__dict__.get("_old_forward")
-    function = getattr(old, "__func__", None)
-    if function is None or getattr(old, "__self__", None) is not module:
-        return
+def is_bound_forward(module: nn.Module, method: Any) -> bool:
+    """Whether `method` is a forward of the module's own classes, bound to the module."""
+    function = getattr(method, "__func__", None)
+    if function is None or getattr(method, "__self__", None) is not module:
+        return False
     forwards = [c.__dict__["forward"] for c in type(module).__mro__ if "forward" in c.__dict__]
-    if function in forwards or getattr(function, "_fused_forward", False):
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+    return function in forwards or getattr(function, "_fused_forward", False)
+
+
+def _refresh_bound_forwards(module: nn.Module) -> None:
+    """Puts the forward of the present class where accelerate keeps the former one.
+
+    Its device hooks call the bound method that they found, `_old_forward`, and leave it on the
+    instance when they are removed. Anything else in those places is somebody's own and stays.
+    """
+    for name in ("forward", "_old_forward"):
+        if is_bound_forward(module, module.__dict__.get(name)):
+            module.__dict__[name] = type(module).forward.__get__(module)
 
 
 def _reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:

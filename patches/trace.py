@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedModelError
@@ -90,13 +90,17 @@ class HeadTrace:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = func.__name__
-        if not kwargs and args and isinstance(args[0], HeadTrace):
+        trace = args[0] if args and isinstance(args[0], HeadTrace) else None
+        own_loss = func is nn.functional.cross_entropy
+        if trace is not None and own_loss and not trace.call.handed_back:
+            return trace.call.hand_back_own(*args, **(kwargs or {}))
+        if trace is not None and not kwargs:
             if name == "tanh":
-                return args[0].tanh()
+                return trace.tanh()
             if name in ("mul", "multiply") and _is_scalar(args[1]):
-                return args[0] * args[1]
+                return trace * args[1]
             if name in ("div", "divide", "true_divide") and _is_scalar(args[1]):
-                return args[0] / args[1]
+                return trace / args[1]
         real = pytree.tree_map(
             lambda leaf: leaf._other(name) if isinstance(leaf, HeadTrace) else leaf,
             (args, kwargs or {}),
@@ -161,7 +165,7 @@ class HeadTrace:
         return self._cast(dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        target = kwargs.get("dtype", kwargs.get("device", args[0] if args else None))
+        target: Any = kwargs.get("dtype", kwargs.get("device", args[0] if args else None))
         if isinstance(target, (HeadTrace, Tensor)):
             return self._move(target.device)._cast(target.dtype)
         if isinstance(target, torch.dtype):
@@ -194,6 +198,10 @@ class HeadTrace:
             unknown = [size for size in wanted if size == -1]
             if len(unknown) <= 1 and all(ours in (-1, own) for ours, own in pairs):
                 return self
+        rows, vocab_size = self.shape[:-1].numel(), self.shape[-1]
+        if wanted in ((-1, vocab_size), (rows, vocab_size)) and not self.call.handed_back:
+            flat = torch.Size((rows, vocab_size))
+            return HeadTrace(self.loss, self.call, flat, self.dtype, self.device, self.steps)
         return getattr(self._other(name), name)(*sizes)
 
     def size(self, dim: int | None = None) -> Any:
@@ -225,6 +233,12 @@ class HeadTrace:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __neg__(self) -> Tensor:
+        return -self._other("neg")
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._other("truediv")
+
     def __getitem__(self, index: Any) -> Tensor:
         return self._other("getitem")[index]
 
@@ -254,8 +268,6 @@ for _name in ("add", "sub", "pow", "matmul"):
     setattr(HeadTrace, f"__r{_name}__", _binary(_name, reflected=True))
 for _name in ("lt", "le", "gt", "ge"):
     setattr(HeadTrace, f"__{_name}__", _binary(_name, reflected=False))
-HeadTrace.__rtruediv__ = _binary("truediv", reflected=True)
-HeadTrace.__neg__ = lambda self: -self._other("neg")
 
 
 def _flatten(trace: HeadTrace) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -294,7 +306,7 @@ def observed_facts(steps: tuple[Step, ...]) -> tuple[float, float | None]:
     return (factor, None) if inner is None else (inner * factor, factor)
 
 
-def same_facts(one: tuple[float, float | None], other: tuple[float, float | None]) -> bool:
+def same_facts(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Equal up to the rounding of the few float operations that they were made by."""
     if (one[1] is None) != (other[1] is None):
         return False

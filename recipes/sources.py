@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset, load_dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -74,25 +76,42 @@ def load_model(
     if name == "tiny":
         tokenizer = train_tokenizer(texts)
         return build_tiny(len(tokenizer), seq_len), tokenizer
-    path, options = Path(name), {}
-    folder = name
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model {name}: no such file")
-        folder, options = str(path.parent), {"gguf_file": path.name, "dtype": torch.float32}
-    elif name.startswith((".", "/", "~")) and not path.is_dir():
+    path = Path(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise UserError(f"--model {name}: no such file")
+    if name.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"--model {name}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, **{key: options[key] for key in options if key == "gguf_file"}
-        )
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if path.suffix == ".gguf":
+            model = load_gguf(path)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except _LOAD_ERRORS as error:
         raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise UserError(f"--seq-len {seq_len}: {name} reads at most {longest} tokens")
     return model, tokenizer
+
+
+def load_gguf(path: Path) -> PreTrainedModel:
+    """The model of a GGUF file, unpacked to float32 and ready to be trained."""
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        # Newer versions keep the weights packed wherever they find a kernel for them.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    # Unpacked or not, a model from GGUF counts as quantized, and the Trainer refuses those. The
+    # same weights in a model of the same class do not.
+    config = copy.deepcopy(packed.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(packed)(config)
+    model.load_state_dict(packed.state_dict())
+    model.name_or_path = str(path)
+    return model
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

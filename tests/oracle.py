@@ -36,7 +36,9 @@ def assert_close_as_torch(
         raise AssertionError(f"{name}: nan at other places than the truth: {ours64} vs {truth64}")
     ours64, torch64, truth64 = (t.nan_to_num(nan=0.0) for t in (ours64, torch64, truth64))
     scale = truth64.abs().max().item()
-    budget = 2 * ((torch64 - truth64).abs().max().item() + torch.finfo(arithmetic or ours.dtype).eps * scale)
+    budget = 2 * (
+        (torch64 - truth64).abs().max().item() + torch.finfo(arithmetic or ours.dtype).eps * scale
+    )
     error = (ours64 - truth64).abs()
     worst = int(error.argmax())
     if not error.flatten()[worst].item() <= budget:

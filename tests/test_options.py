@@ -61,7 +61,7 @@ def test_the_torch_engines_run_on_any_device(impl: str, device: object) -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match="`impl` must be one of .* got 'cuda'"):
+    with pytest.raises(ValueError, match=r"`impl` must be one of .* got 'cuda'"):
         resolve_impl("cuda", "cpu", torch.float32)
 
 
@@ -74,7 +74,7 @@ def test_auto_says_why() -> None:
 def test_triton_is_refused_with_the_reason_or_used() -> None:
     obstacle = options.triton_obstacle("cpu", torch.float64)
     assert obstacle is not None
-    with pytest.raises(NotImplementedError, match="'triton': .*; use impl='torch'"):
+    with pytest.raises(NotImplementedError, match=r"'triton': .*; use impl='torch'"):
         resolve_impl("triton", "cpu", torch.float64)
 
 
@@ -87,15 +87,21 @@ def test_auto_does_without_what_is_missing(missing: str, monkeypatch: pytest.Mon
     choice = resolve_impl("auto", "cuda", torch.bfloat16)
     assert choice.impl == "torch"
     assert missing.split(".")[-1] in choice.reason or "no Triton engine" in choice.reason
-    with pytest.raises(NotImplementedError, match="Triton engine|triton is not installed"):
+    with pytest.raises(NotImplementedError, match=r"Triton engine|triton is not installed"):
         resolve_impl("triton", "cuda", torch.bfloat16)
 
 
 def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = type(sys)("hf_fused_head.fused")
     fused.unavailable_reason = lambda device_type, dtype: None
+    fused.unverified_reason = lambda device_type: None
     monkeypatch.setitem(sys.modules, "hf_fused_head.fused", fused)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     assert resolve_impl("auto", "cuda", torch.bfloat16).impl == "triton"
+    fused.unverified_reason = lambda device_type: "untried"
+    choice = resolve_impl("auto", "cuda", torch.bfloat16)
+    assert choice.impl == "torch"
+    assert "untried" in choice.reason
+    fused.unverified_reason = lambda device_type: None
     assert resolve_impl("auto", "cpu", torch.bfloat16).impl == "torch"
     assert resolve_impl("triton", "cpu", torch.bfloat16).impl == "triton"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from allocation_spy import AllocationSpy
+from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def trained(trainer_class: type[Trainer], model: nn.Module, data: list, **settin
 
 def assert_same_training(model: nn.Module, data: list, folder: Path, **changes: object) -> None:
     """Losses, evaluation loss and weights: fused against stock, by stock's distance to float64."""
-    stock, truth = copy.deepcopy(model), copy.deepcopy(model).double()
+    stock, truth = copy.deepcopy(model), in_float64(model)
     before = [weight.detach().clone() for weight in model.parameters()]
     args = arguments(folder, **changes)
     expected = trained(Trainer, stock, data, args=args)
@@ -163,7 +164,7 @@ def test_lora(tmp_path: Path) -> None:
 def test_a_wrong_smoothing_is_seen(tmp_path: Path) -> None:
     """The comparison above can fail: another smoothing does not pass it."""
     data, model = rows(), build()
-    stock, truth = copy.deepcopy(model), copy.deepcopy(model).double()
+    stock, truth = copy.deepcopy(model), in_float64(model)
     args = arguments(tmp_path, label_smoothing_factor=0.1)
     expected = trained(Trainer, stock, data, args=args)
     exact = trained(Trainer, truth, data, args=args)
@@ -181,7 +182,7 @@ def test_model_init(tmp_path: Path) -> None:
     for trainer_class, init in (
         (FusedHeadTrainer, lambda: build()),
         (Trainer, lambda: build()),
-        (Trainer, lambda: build().double()),
+        (Trainer, lambda: in_float64(build())),
     ):
         runs.append(trainer_class(args=args, train_dataset=data, model_init=init))
         runs[-1].train()
@@ -210,7 +211,7 @@ def expected_metrics(model: nn.Module, data: list) -> dict[str, Tensor]:
 
 def assert_metrics(entry: dict, prefix: str, model: nn.Module, data: list) -> None:
     """Those of a log entry, by their distance from float64."""
-    single, double = (expected_metrics(m, data) for m in (model, copy.deepcopy(model).double()))
+    single, double = (expected_metrics(m, data) for m in (model, in_float64(model)))
     for name, truth in double.items():
         found = torch.tensor(entry[prefix + name], dtype=torch.float32)
         assert_close_as_torch(prefix + name, found, single[name], truth)
@@ -332,7 +333,7 @@ def test_predictions_are_those_of_stock(
     assert np.array_equal(found.predictions, expected.predictions)
     assert np.array_equal(found.label_ids, expected.label_ids)
     assert found_metrics["eval_accuracy"] == expected_metrics["eval_accuracy"]
-    truth = Trainer(build().double(), args, eval_dataset=rows()).evaluate()["eval_loss"]
+    truth = Trainer(in_float64(build()), args, eval_dataset=rows()).evaluate()["eval_loss"]
     losses = (found_metrics["eval_loss"], expected_metrics["eval_loss"])
     assert_close_as_torch("eval_loss", *map(torch.tensor, losses), torch.tensor(truth).double())
     assert len(warned) == 1 and "prediction_loss_only" in warned[0]
@@ -496,7 +497,7 @@ def test_compiled(tmp_path: Path) -> None:
     ours = trained(FusedHeadTrainer, build(), data, args=args)
     plain = arguments(tmp_path, max_steps=2)
     expected = trained(Trainer, build(), data, args=plain)
-    exact = trained(Trainer, build().double(), data, args=plain)
+    exact = trained(Trainer, in_float64(build()), data, args=plain)
     for key in ("loss", "eval_loss"):
         found, wanted = history(ours, key).float(), history(expected, key).float()
         assert_close_as_torch(key, found, wanted, history(exact, key))
@@ -520,7 +521,7 @@ for smoothing in (0.0, 0.1):
     stock, exact, ours = (
         run(trainer_class, model, smoothing)
         for trainer_class, model in (
-            (Trainer, build()), (Trainer, build().double()), (FusedHeadTrainer, build())
+            (Trainer, build()), (Trainer, in_float64(build())), (FusedHeadTrainer, build())
         )
     )
     for key in ("loss", "eval_loss"):

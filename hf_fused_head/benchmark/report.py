@@ -37,6 +37,12 @@ def plain_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
     return table
 
 
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, all cells as given."""
+    columns = list(columns)
+    return "\n".join([_line(columns), "|---" * len(columns) + "|", *(_line(row) for row in rows)])
+
+
 def document(header: dict, records: Iterable[Record]) -> dict:
     """The content of the JSON file."""
     return {"header": header, "results": [asdict(record) for record in records]}
@@ -81,11 +87,16 @@ def header_lines(header: dict) -> list[str]:
     protocol = header["protocol"]
     return [
         f"{device['name']}{size}; {header['cpu_threads']} CPU threads; {header['date']}",
-        ", ".join(installed) + (f"; commit {header['commit'][:12]}" if header["commit"] else ""),
+        ", ".join(installed) + (f"; commit {_brief(header['commit'])}" if header["commit"] else ""),
         f"{protocol['repeats']} repeats after {protocol['warmup']} warm-up, {protocol['order']}; "
         f"{protocol['clock']}; time: {protocol['time']}; memory: {protocol['memory']}; "
         f"errors: {protocol['errors']}; data: {protocol['data']}",
     ]
+
+
+def _brief(commit: str) -> str:
+    digest, plus, changes = commit.partition("+")
+    return digest[:12] + plus + changes
 
 
 _COLUMNS = (

@@ -10,8 +10,13 @@ A tile of the logits is `[BLOCK_T, BLOCK_V]`. Every kernel that makes logits mak
 registers, reduces it there, and writes either nothing, or the exponents, or the gradient of the
 logits: never the logits themselves.
 
-    product.py   how a tile of logits is accumulated: raster, products, bias, scale, softcap
-    head.py      the persistent (descriptor) and the plain (pointer) kernel, and their launcher
-    rows.py      what is done once a row: anchor, statistics, overflowed rows, row scaling
-    tuning.py    which tile a card and a dtype get
+    operands.py    what the kernels read and write, by name
+    product.py     how a tile of logits is accumulated: raster, products, bias, scale, softcap
+    epilogue.py    what happens to it in registers: row sums, exponents, gradient
+    head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
+    rows.py        the logit of the label, scaling by row
+    statistics.py  sums of tiles to statistics of rows; rows whose exponents overflowed
+    gradients.py   stored tiles to gradients, by cuBLAS
+    passes.py      the passes of one call, in the order that a schedule asks for
+    tuning.py      which tile a card and a dtype get
 """

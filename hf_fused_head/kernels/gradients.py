@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from hf_fused_head.kernels.head import Head
+from hf_fused_head.kernels.operands import Head, Totals
 from hf_fused_head.kernels.rows import launch_scale_rows
 
 # Rows appended to a stored tile for label smoothing, whose gradient has rank one. Three are used;
@@ -16,26 +14,6 @@ EXTRA_ROWS = 8
 # cuBLAS fills the card by splitting the sum of a small result, and then rounds the parts to the
 # result's dtype: below this many elements the parts are kept in float32.
 _SPLIT_BELOW = 2**22
-
-
-class Totals(NamedTuple):
-    """Where gradients accumulate; an entry is None where nobody wants it.
-
-    float32 when more than one product adds to it, else the gradient itself.
-    """
-
-    hidden: list[Tensor | None]  # [T, H_i] a pair
-    weight: list[Tensor | None]  # [V, H_i] a pair
-    bias: Tensor | None  # [V]
-
-    def rows(self, rows: slice) -> Totals:
-        """The part of a chunk of tokens."""
-        return self._replace(hidden=[None if t is None else t[rows] for t in self.hidden])
-
-    def window(self, window: slice) -> Totals:
-        """The part of a window of the vocabulary."""
-        weight = [None if t is None else t[window] for t in self.weight]
-        return self._replace(weight=weight, bias=None if self.bias is None else self.bias[window])
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:

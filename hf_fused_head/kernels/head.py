@@ -1,233 +1,19 @@
-"""The head's product with the loss in its epilogue."""
+"""The head's product with the loss in its epilogue: two kernels and their launchers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_head.kernels.product import (
-    LOG2E,
-    accumulate_product,
-    logits_of,
-    softcap_slope,
-    tile_position,
-)
-from hf_fused_head.kernels.tuning import TileConfig, interpreted
+from hf_fused_head.kernels.epilogue import epilogue
+from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
+from hf_fused_head.kernels.product import accumulate_product, tile_position
+from hf_fused_head.kernels.tuning import TileConfig, cdiv, interpreted, low_rank_block
 
 # Sizes that change from batch to batch or from window to window must not compile a kernel each.
 _VARYING = ["num_tokens", "vocab_size", "vocab_start"]
-
-
-class Head(NamedTuple):
-    """What every tile of logits is made from; a window of the vocabulary is a slice of it.
-
-    logits = softcap * tanh(logit_scale * (hidden @ weight.T + low @ low_weight.T + bias) / softcap)
-    """
-
-    hidden: Tensor  # [T, H], unit stride along H
-    weight: Tensor  # [V, H], unit stride along H
-    low: Tensor | None  # [T, R]
-    low_weight: Tensor | None  # [V, R]
-    bias: Tensor | None  # [V]
-    class_weight: Tensor | None  # [V]
-    logit_scale: float
-    softcap: float | None
-
-    def window(self, window: slice) -> Head:
-        """The same head over some rows of the vocabulary."""
-        return self._replace(
-            weight=self.weight[window],
-            low_weight=None if self.low_weight is None else self.low_weight[window],
-            bias=None if self.bias is None else self.bias[window],
-            class_weight=None if self.class_weight is None else self.class_weight[window],
-        )
-
-    def rows(self, rows: slice) -> Head:
-        """The same head over some of the tokens."""
-        return self._replace(
-            hidden=self.hidden[rows], low=None if self.low is None else self.low[rows]
-        )
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """What is multiplied: [T, H] with [V, H], and maybe [T, R] with [V, R]."""
-        first = (self.hidden, self.weight)
-        if self.low is None or self.low_weight is None:
-            return [first]
-        return [first, (self.low, self.low_weight)]
-
-    def class_weights(self) -> Tensor:
-        """The class weights, or ones: [V] float32."""
-        if self.class_weight is None:
-            return torch.ones(self.weight.shape[0], device=self.weight.device)
-        return self.class_weight.float()
-
-
-class RowSums(NamedTuple):
-    """Sums over one vocabulary tile each, [tiles of V, T] float32; None where not asked for.
-
-    With z the logits, a the row's anchor and y its label; a later kernel adds them up in a fixed
-    order, which makes the result the same from run to run.
-    """
-
-    total: Tensor  # sum of exp(z - a) over j != y
-    entropy: Tensor | None  # sum of exp(z - a) (z - a) over j != y
-    smooth: Tensor | None  # sum of class_weight (z - a) over all j
-    best: Tensor | None  # max of z over j != y
-    target: Tensor | None  # [T]: z at y, of the same product as `best`
-
-    def tiles(self, tiles: slice) -> RowSums:
-        """The part of some vocabulary tiles."""
-        parts = [None if t is None else t[tiles] for t in self[:4]]
-        return RowSums(*parts, target=self.target)
-
-
-class RowGradient(NamedTuple):
-    """Row factors of the logits' gradient, [T] float32; None where the term is absent.
-
-    `dz_j = p_j (alpha - eta (log p_j + entropy)) - gamma w_j` for j != y, with p = exp(z - lse);
-    at the label the first term is `target` instead.
-    """
-
-    lse: Tensor
-    alpha: Tensor
-    target: Tensor
-    gamma: Tensor | None
-    eta: Tensor | None
-    entropy: Tensor | None
-
-
-@triton.jit
-def _store_sums(
-    logits,
-    exponents,
-    shifted,
-    at_label,
-    offs_t,
-    offs_v,
-    pid_v,
-    labels,
-    num_tokens,
-    vocab_size,
-    class_weight_ptr,
-    total_ptr,
-    entropy_ptr,
-    smooth_ptr,
-    best_ptr,
-    target_ptr,
-):
-    """Writes this tile's row sums at [pid_v, offs_t]; see `RowSums`."""
-    place = pid_v.to(tl.int64) * num_tokens + offs_t
-    mask_t = offs_t < num_tokens
-    tl.store(total_ptr + place, tl.sum(exponents, 1), mask=mask_t)
-    if entropy_ptr is not None:
-        # exp(-inf) * -inf would be nan: a column without mass adds nothing.
-        weighted = tl.where(exponents > 0, exponents * shifted, 0.0)
-        tl.store(entropy_ptr + place, tl.sum(weighted, 1), mask=mask_t)
-    if smooth_ptr is not None:
-        inside = (offs_v < vocab_size)[None, :]
-        if class_weight_ptr is not None:
-            weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < vocab_size, other=0.0)
-            spread = tl.where(inside, shifted * weight.to(tl.float32)[None, :], 0.0)
-        else:
-            spread = tl.where(inside, shifted, 0.0)
-        tl.store(smooth_ptr + place, tl.sum(spread, 1), mask=mask_t)
-    if best_ptr is not None:
-        other = (offs_v < vocab_size)[None, :] & (at_label == 0)
-        tl.store(best_ptr + place, tl.max(tl.where(other, logits, float("-inf")), 1), mask=mask_t)
-        here = mask_t & (labels >= tl.min(offs_v, 0)) & (labels <= tl.max(offs_v, 0))
-        tl.store(target_ptr + offs_t, tl.sum(tl.where(at_label, logits, 0.0), 1), mask=here)
-
-
-@triton.jit
-def _epilogue(
-    acc,
-    offs_t,
-    offs_v,
-    pid_v,
-    num_tokens,
-    vocab_size,
-    vocab_start,
-    labels_ptr,
-    bias_ptr,
-    class_weight_ptr,
-    logit_scale,
-    softcap,
-    shift_ptr,
-    total_ptr,
-    entropy_sum_ptr,
-    smooth_sum_ptr,
-    best_ptr,
-    target_logit_ptr,
-    alpha_ptr,
-    target_ptr,
-    gamma_ptr,
-    eta_ptr,
-    entropy_ptr,
-):
-    """Turns accumulated products into the tile to be stored, float32, and writes the row sums.
-
-    Without `alpha_ptr` the tile holds exp(z - anchor), zero at the label and times the softcap's
-    slope; with it, the gradient of the accumulated products.
-    """
-    mask_t = offs_t < num_tokens
-    shift = tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
-    labels = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - vocab_start).to(tl.int32)
-    at_label = offs_v[None, :] == labels[:, None]
-    logits = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
-    shifted = logits - shift[:, None]
-    exponents = tl.exp2(shifted * LOG2E)
-    if alpha_ptr is None:
-        outside = at_label | (offs_v >= vocab_size)[None, :]
-        tile = tl.where(outside, 0.0, exponents)
-        if total_ptr is not None:
-            _store_sums(
-                logits,
-                tile,
-                shifted,
-                at_label,
-                offs_t,
-                offs_v,
-                pid_v,
-                labels,
-                num_tokens,
-                vocab_size,
-                class_weight_ptr,
-                total_ptr,
-                entropy_sum_ptr,
-                smooth_sum_ptr,
-                best_ptr,
-                target_logit_ptr,
-            )
-        if softcap is not None:
-            tile *= softcap_slope(logits, softcap)
-    else:
-        alpha = tl.load(alpha_ptr + offs_t, mask=mask_t, other=0.0)
-        target = tl.load(target_ptr + offs_t, mask=mask_t, other=0.0)
-        if eta_ptr is not None:
-            eta = tl.load(eta_ptr + offs_t, mask=mask_t, other=0.0)
-            entropy = tl.load(entropy_ptr + offs_t, mask=mask_t, other=0.0)
-            # -inf * 0 would be nan: a column without mass has no entropy gradient either.
-            log_p = tl.where(exponents > 0, shifted, 0.0)
-            tile = exponents * (alpha[:, None] - eta[:, None] * (log_p + entropy[:, None]))
-        else:
-            tile = exponents * alpha[:, None]
-        tile = tl.where(at_label, target[:, None], tile)
-        if gamma_ptr is not None:
-            gamma = tl.load(gamma_ptr + offs_t, mask=mask_t, other=0.0)
-            if class_weight_ptr is not None:
-                weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < vocab_size, other=0.0)
-                tile -= gamma[:, None] * weight.to(tl.float32)[None, :]
-            else:
-                tile -= gamma[:, None]
-        if softcap is not None:
-            tile *= softcap_slope(logits, softcap)
-        tile *= logit_scale
-    return tile
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -313,7 +99,7 @@ def _head_descriptor_kernel(
                 PRECISION,
                 UPCAST,
             )
-        tile = _epilogue(
+        tile = epilogue(
             acc,
             offs_t,
             offs_v,
@@ -431,7 +217,7 @@ def _head_pointer_kernel(
             PRECISION,
             UPCAST,
         )
-    tile = _epilogue(
+    tile = epilogue(
         acc,
         offs_t,
         offs_v,
@@ -466,11 +252,6 @@ def _describable(matrix: Tensor) -> bool:
     """Whether a tensor descriptor can address `matrix`: 16-byte base and row stride."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and matrix.numel() > 0
-
-
-def low_rank_block(rank: int) -> int:
-    """Block of the low-rank product: at least the tensor core's depth, at most 64."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 def launch_exponents(
@@ -578,7 +359,7 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    num_tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(vocab_size, config.block_v)
+    num_tiles = cdiv(num_tokens, config.block_t) * cdiv(vocab_size, config.block_v)
     matrices = [head.hidden, head.weight] + ([] if store is None else [store])
     if config.num_programs and all(_describable(matrix) for matrix in matrices):
         store_block = [config.block_t, config.block_v // (2 if config.halves else 1)]

@@ -1,0 +1,383 @@
+"""The passes of one call: statistics, and the three orders in which gradients can be made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
+from hf_fused_head.kernels.head import launch_exponents, launch_gradient
+from hf_fused_head.kernels.operands import (
+    Head,
+    RowGradient,
+    RowOutputs,
+    RowSums,
+    RowWeights,
+    Totals,
+)
+from hf_fused_head.kernels.rows import launch_anchor
+from hf_fused_head.kernels.statistics import launch_finish
+from hf_fused_head.kernels.tuning import TileConfig, cdiv
+
+# Chunks and windows are whole multiples of this: row tiles stay whole, row strides aligned.
+MULTIPLE = 256
+# Rows whose statistics are made at once, at most: enough to fill any card.
+_STATISTICS_ROWS = 8192
+# float16 gradients of logits are stored with their largest row factor at this power of two.
+_HALF_PEAK = 2.0**14
+
+
+class Call(NamedTuple):
+    """The tensors of one call and how its kernels are tiled."""
+
+    head: Head
+    labels: Tensor
+    config: TileConfig
+    allow_tf32: bool  # for float32 products
+    sums_bytes: int  # the most memory that the row sums of a pass may take
+
+    @property
+    def num_tokens(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    def rows(self, rows: slice) -> Call:
+        return self._replace(head=self.head.rows(rows), labels=self.labels[rows])
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.labels.device)
+
+    def tile(self, num_rows: int, num_columns: int) -> Tensor:
+        """Memory for a tile, [num_rows, num_columns] of the operands' dtype, with aligned rows."""
+        stride = -(-num_columns // 64) * 64
+        return self.empty(num_rows, stride, dtype=self.head.hidden.dtype)[:, :num_columns]
+
+    def outputs(self, smooth: bool, entropy: bool, correct: bool, factor: bool) -> RowOutputs:
+        rows = self.num_tokens
+        return RowOutputs(
+            nll=self.empty(rows),
+            lse=self.empty(rows),
+            smooth=self.empty(rows) if smooth else None,
+            entropy=self.empty(rows) if entropy else None,
+            correct=self.empty(rows, dtype=torch.bool) if correct else None,
+            factor=self.empty(rows) if factor else None,
+            overflowed=self.empty(rows, dtype=torch.int32),
+        )
+
+    def class_total(self) -> Tensor:
+        """Sum of the class weights, or V: [1] float32."""
+        if self.head.class_weight is not None:
+            return self.head.class_weight.sum(dtype=torch.float32).reshape(1)
+        return torch.full((1,), float(self.vocab_size), device=self.labels.device)
+
+
+def statistics(
+    call: Call, weights: RowWeights | None, outputs: RowOutputs, store: Tensor | None
+) -> Tensor:
+    """One pass over the whole head that fills `outputs`, and `store` with the first exponents.
+
+    Returns the logits of the labels, [T] float32.
+
+    Args:
+        call: The rows.
+        weights: Their objective, [T] each; None when no exponents are stored.
+        outputs: Their outputs.
+        store: [T or more, kept columns], whole tiles or the whole vocabulary; None to store none.
+    """
+    num_tiles = cdiv(call.vocab_size, call.config.block_v)
+    kinds = 1 + sum(t is not None for t in (outputs.smooth, outputs.entropy, outputs.correct))
+    most = call.sums_bytes // (4 * kinds * num_tiles) // MULTIPLE * MULTIPLE
+    anchor = call.empty(call.num_tokens)
+    for rows in _slices(call.num_tokens, max(MULTIPLE, min(most, _STATISTICS_ROWS))):
+        _row_statistics(
+            call.rows(rows),
+            anchor[rows],
+            None if weights is None else weights.rows(rows),
+            outputs.rows(rows),
+            None if store is None else store[rows],
+            num_tiles,
+        )
+    return anchor
+
+
+def _row_statistics(
+    call: Call,
+    anchor: Tensor,
+    weights: RowWeights | None,
+    outputs: RowOutputs,
+    store: Tensor | None,
+    num_tiles: int,
+) -> None:
+    """`statistics` of rows whose sums are held at once."""
+    head, labels, num_tokens = call.head, call.labels, call.num_tokens
+
+    def tiles(wanted: bool) -> Tensor | None:
+        return call.empty(num_tiles, num_tokens) if wanted else None
+
+    best = outputs.correct is not None
+    sums = RowSums(
+        call.empty(num_tiles, num_tokens),
+        tiles(outputs.entropy is not None),
+        tiles(outputs.smooth is not None),
+        tiles(best),
+        call.empty(num_tokens) if best else None,
+    )
+    launch_anchor(head, labels, anchor)
+    kept = 0 if store is None else store.shape[1]
+    run = (call.config, call.allow_tf32)
+    if store is not None:
+        kept_sums = sums.tiles(slice(0, cdiv(kept, call.config.block_v)))
+        launch_exponents(head.window(slice(0, kept)), labels, 0, anchor, kept_sums, store, *run)
+    if kept < call.vocab_size:
+        rest_sums = sums.tiles(slice(kept // call.config.block_v, None))
+        rest = head.window(slice(kept, None))
+        launch_exponents(rest, labels, kept, anchor, rest_sums, None, *run)
+    class_total = None if outputs.smooth is None else call.class_total()
+    launch_finish(head, labels, anchor, sums, class_total, weights, outputs, store, call.allow_tf32)
+
+
+def chunk_gradients(
+    call: Call, chunk_tokens: int, weights: RowWeights, outputs: RowOutputs, results: Totals
+) -> None:
+    """Gradient in forward: every chunk of tokens is finished before the next one begins.
+
+    Args:
+        call: All rows.
+        chunk_tokens: Rows at once, at most.
+        weights: The objective.
+        outputs: Written, `factor` among them.
+        results: The gradients, written; None where nobody wants one.
+    """
+    num_chunks = cdiv(call.num_tokens, chunk_tokens)
+    # Chunks of one size rather than a short last one.
+    chunks = _slices(call.num_tokens, whole(cdiv(call.num_tokens, num_chunks)))
+    extra = 0 if weights.smooth is None else EXTRA_ROWS
+    store = call.tile(chunks[0].stop + extra, call.vocab_size)
+    several = len(chunks) > 1
+    totals = results._replace(
+        weight=[_accumulator(t, several) for t in results.weight],
+        bias=_accumulator(results.bias, several),
+    )
+    for rows in chunks:
+        part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
+        statistics(part, part_weights, part_outputs, store)
+        part_totals = totals.rows(rows)
+        stored_gradients(
+            part.head,
+            store[: part.num_tokens + extra],
+            _factor(part_outputs),
+            _gamma(call, part_weights.smooth),
+            part_totals,
+            # The rows of dX are written last: until then they hold the scaled hidden states.
+            part_totals.hidden,
+            accumulate=rows.start > 0,
+        )
+    _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
+
+
+def kept_gradients(
+    call: Call,
+    kept: int,
+    window: int,
+    weights: RowWeights,
+    outputs: RowOutputs,
+    results: Totals,
+) -> None:
+    """Hybrid, or recompute with `kept = 0`: statistics of all rows, then windows of the vocabulary.
+
+    The first `kept` columns need no second pass: their exponents stay from the first.
+
+    Args:
+        call: All rows.
+        kept: Columns whose exponents are kept: whole tiles, less than the vocabulary.
+        window: Columns made again at once, at most.
+        weights: The objective.
+        outputs: Written, `factor` among them if `kept`.
+        results: The gradients, written; None where nobody wants one.
+    """
+    extra = EXTRA_ROWS if kept and weights.smooth is not None else 0
+    store = call.tile(call.num_tokens + extra, kept) if kept else None
+    anchor = statistics(call, weights if kept else None, outputs, store)
+    totals = None
+    if store is not None:
+        totals = results._replace(hidden=[_accumulator(t, True) for t in results.hidden])
+        part = slice(0, kept)
+        stored_gradients(
+            call.head.window(part),
+            store,
+            _factor(outputs),
+            _gamma(call, weights.smooth),
+            totals.window(part),
+            results.hidden,
+            accumulate=False,
+        )
+        del store
+    g_lse = torch.zeros_like(outputs.lse) if weights.z is None else 2 * weights.z * outputs.lse
+    rows = (outputs.nll, outputs.lse, None, rounding_of_lse(outputs, anchor))
+    gradient = row_gradient(call, *rows, weights.nll, g_lse, weights.smooth, None)
+    recomputed_gradients(call, gradient, kept, window, totals, results)
+
+
+def recomputed_gradients(
+    call: Call,
+    gradient: RowGradient,
+    start: int,
+    window: int,
+    totals: Totals | None,
+    results: Totals,
+) -> None:
+    """Makes the logits' gradient again in windows of the vocabulary, and multiplies it out.
+
+    Args:
+        call: All rows.
+        gradient: Their row factors.
+        start: First column that has no gradient yet.
+        window: Columns at once, at most.
+        totals: With sums of the hidden states' gradient over the columns before `start`.
+        results: The gradients, written; None where nobody wants one.
+    """
+    columns = call.vocab_size - start
+    window = max(window // MULTIPLE, 1) * MULTIPLE
+    window = whole(cdiv(columns, cdiv(columns, window)))
+    windows = [slice(start + part.start, start + part.stop) for part in _slices(columns, window)]
+    half = call.head.hidden.dtype == torch.float16
+    accumulate = totals is not None
+    if totals is None:
+        several = half or len(windows) > 1
+        totals = results._replace(hidden=[_accumulator(t, several) for t in results.hidden])
+    unscale = None
+    if half:
+        gradient, unscale = _in_half_range(call, gradient)
+    store = call.tile(call.num_tokens, min(window, columns))
+    for part in windows:
+        tile = store[:, : part.stop - part.start]
+        head = call.head.window(part)
+        launch_gradient(head, call.labels, part.start, gradient, tile, call.config, call.allow_tf32)
+        part_totals, part_results = totals.window(part), results.window(part)
+        if half:
+            part_totals = part_totals._replace(
+                weight=[_accumulator(t, True) for t in part_results.weight],
+                bias=_accumulator(part_results.bias, True),
+            )
+        window_gradients(head, tile, part_totals, accumulate)
+        _copy(
+            [*part_totals.weight, part_totals.bias],
+            [*part_results.weight, part_results.bias],
+            unscale,
+        )
+        accumulate = True
+    _copy(totals.hidden, results.hidden, unscale)
+
+
+def _in_half_range(call: Call, gradient: RowGradient) -> tuple[RowGradient, Tensor]:
+    """Row factors whose gradients fit float16's range, and the scalar that undoes it."""
+    terms = [gradient.alpha.abs(), gradient.target.abs()]
+    if gradient.gamma is not None:
+        terms.append(gradient.gamma.abs() * call.head.class_weights().max())
+    if gradient.eta is not None and gradient.entropy is not None:
+        # p log p lies in [-1/e, 0], and p times the entropy below the entropy.
+        terms.append(gradient.eta.abs() * (gradient.entropy + 1.0))
+    largest = torch.stack(terms).max() * abs(call.head.logit_scale)
+    scale = _HALF_PEAK / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = {
+        name: value * scale
+        for name in ("alpha", "target", "gamma", "eta")
+        if (value := getattr(gradient, name)) is not None
+    }
+    return gradient._replace(**scaled), 1.0 / scale
+
+
+def row_gradient(
+    call: Call,
+    nll: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    correction: Tensor | None,
+    g_nll: Tensor,
+    g_lse: Tensor,
+    g_smooth: Tensor | None,
+    g_entropy: Tensor | None,
+) -> RowGradient:
+    """Row factors of the logits' gradient from the upstream gradients of the row objective.
+
+    Args:
+        call: All rows.
+        nll: Minus the log-probability of the labels.
+        lse: Log-sum-exp of the logits.
+        entropy: Needed with `g_entropy`.
+        correction: What `rounding_of_lse` returns.
+        g_nll: Upstream gradient of nll.
+        g_lse: Upstream gradient of lse.
+        g_smooth: Upstream gradient of the smoothing term.
+        g_entropy: Upstream gradient of the entropy.
+    """
+    alpha, eta, gamma = g_nll + g_lse, g_entropy, None
+    if g_smooth is not None:
+        gamma = g_smooth / call.vocab_size
+        alpha = alpha + gamma * call.class_total()
+    # alpha p - beta, with 1 - p from the loss: a confident row keeps its digits.
+    label_p = torch.exp(-nll)
+    target = (alpha - g_nll) * label_p + g_nll * torch.expm1(-nll)
+    if eta is not None:
+        target = target - eta * label_p * (entropy - nll)
+    if correction is not None:
+        # Both multiply p, which the kernel makes from the rounded lse.
+        alpha = alpha * correction
+        eta = None if eta is None else eta * correction
+    return RowGradient(lse, alpha, target, gamma, eta, None if eta is None else entropy)
+
+
+def rounding_of_lse(outputs: RowOutputs, anchor: Tensor) -> Tensor:
+    """The c of `p_j = c exp(z_j - lse)`: what rounding the sum `anchor + nll` to lse took away."""
+    larger, smaller = anchor, outputs.nll
+    swap = smaller.abs() > larger.abs()
+    larger, smaller = torch.where(swap, smaller, larger), torch.where(swap, larger, smaller)
+    # Subtracting the larger term first is exact.
+    return torch.exp(outputs.lse - larger - smaller)
+
+
+def _gamma(call: Call, smooth_weight: Tensor | None) -> Tensor | None:
+    """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
+    if smooth_weight is None:
+        return None
+    return smooth_weight * (call.head.logit_scale / call.vocab_size)
+
+
+def _factor(outputs: RowOutputs) -> Tensor:
+    if outputs.factor is None:
+        raise RuntimeError("`factor` must be among the outputs of rows whose exponents are stored")
+    return outputs.factor
+
+
+def _accumulator(result: Tensor | None, several: bool) -> Tensor | None:
+    """Where the products that make `result` add up: itself, or float32 if there are several."""
+    if result is None or not several or result.dtype == torch.float32:
+        return result
+    return torch.empty(result.shape, dtype=torch.float32, device=result.device)
+
+
+def _copy(
+    sources: list[Tensor | None], targets: list[Tensor | None], scale: Tensor | None = None
+) -> None:
+    """Rounds sums into the gradients, times `scale`; where both are one there is nothing to do."""
+    for source, target in zip(sources, targets, strict=True):
+        if source is None or target is None:
+            continue
+        if scale is not None:
+            torch.mul(source, scale, out=target)
+        elif source.data_ptr() != target.data_ptr():
+            target.copy_(source)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def whole(size: int) -> int:
+    """`size` rounded up to whole tiles."""
+    return cdiv(size, MULTIPLE) * MULTIPLE

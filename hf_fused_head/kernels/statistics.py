@@ -1,0 +1,485 @@
+"""From the sums of its tiles to a row's statistics, and rows whose exponents overflowed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
+from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of, softcap_slope
+from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
+
+# Above this sum of exp(z - z_y), 44 nats of loss, a row is made again around its maximum: exponents
+# and their products with weights stay far inside bfloat16's and float32's range.
+_OVERFLOW = tl.constexpr(2.0**64)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, exact for small x: six terms of the series below 1/32."""
+    tail = 0.2 - x * (1.0 / 6.0)
+    series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * tail))))
+    return tl.where(x < 0.03125, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _finish_rows(
+    offs_t,
+    mask_t,
+    total,
+    entropy_sum,
+    anchor,
+    label_logit,
+    class_total_ptr,
+    vocab_size,
+    logit_scale,
+    softcap,
+    nll_weight_ptr,
+    smooth_weight_ptr,
+    z_weight_ptr,
+    nll_ptr,
+    lse_ptr,
+    entropy_ptr,
+    factor_ptr,
+    labels_ptr,
+    store_ptr,
+    stride_store_t,
+    stored_vocab,
+):
+    """Writes what follows from a row's sums: statistics, gradient factor, stored label entry.
+
+    With e_j = exp(z_j - anchor), S their sum over j != y and e_y the label's own: p_j = e_j / (S +
+    e_y). The gradient of the logits is `factor * stored`, where stored is e_j off the label.
+    """
+    offset = label_logit - anchor
+    exp_label = tl.exp2(offset * LOG2E)
+    whole = total + exp_label
+    # Around its own label a row keeps the digits of a tiny loss; around its maximum it is large.
+    nll = tl.where(offset == 0.0, _log1p(total), tl.log(whole) - offset)
+    lse = label_logit + nll
+    tl.store(nll_ptr + offs_t, nll, mask=mask_t)
+    tl.store(lse_ptr + offs_t, lse, mask=mask_t)
+    if entropy_ptr is not None:
+        entropy = nll + offset - (entropy_sum + exp_label * offset) / whole
+        tl.store(entropy_ptr + offs_t, tl.maximum(entropy, 0.0), mask=mask_t)
+    if factor_ptr is not None:
+        beta = tl.load(nll_weight_ptr + offs_t, mask=mask_t, other=0.0)
+        alpha = beta
+        if smooth_weight_ptr is not None:
+            smooth_weight = tl.load(smooth_weight_ptr + offs_t, mask=mask_t, other=0.0)
+            alpha += smooth_weight * (tl.load(class_total_ptr) / vocab_size)
+        if z_weight_ptr is not None:
+            alpha += 2.0 * tl.load(z_weight_ptr + offs_t, mask=mask_t, other=0.0) * lse
+        # A row whose softmax terms cancel exactly would divide its label entry by zero.
+        smallest = 1e-6 * tl.abs(beta)
+        alpha = tl.where(tl.abs(alpha) < smallest, smallest, alpha)
+        tl.store(factor_ptr + offs_t, alpha * logit_scale / whole, mask=mask_t)
+        label = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
+        entry = (alpha - beta) * exp_label - beta * total
+        entry = tl.where(alpha == 0.0, 0.0, entry / alpha)
+        if softcap is not None:
+            entry *= softcap_slope(label_logit, softcap)
+        place = store_ptr + offs_t.to(tl.int64) * stride_store_t + label
+        entry = entry.to(store_ptr.dtype.element_ty)
+        tl.store(place, entry, mask=mask_t & (label < stored_vocab))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "vocab_size", "num_tiles_v", "stored_vocab"])
+def _finish_kernel(
+    total_ptr,
+    entropy_sum_ptr,
+    smooth_sum_ptr,
+    best_ptr,
+    target_logit_ptr,
+    anchor_ptr,
+    class_total_ptr,
+    nll_weight_ptr,
+    smooth_weight_ptr,
+    z_weight_ptr,
+    labels_ptr,
+    nll_ptr,
+    lse_ptr,
+    smooth_ptr,
+    entropy_ptr,
+    correct_ptr,
+    factor_ptr,
+    overflowed_ptr,
+    store_ptr,
+    stride_store_t,
+    stored_vocab,
+    logit_scale,
+    softcap,
+    num_tokens,
+    vocab_size,
+    num_tiles_v,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program i owns rows [i * BLOCK_T, ...): adds the tiles' sums up and writes `RowOutputs`.
+
+    It also writes the label's entry into the stored exponents.
+    """
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    total = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
+    entropy_sum = total
+    smooth_sum = total
+    best = tl.full((BLOCK_N, BLOCK_T), float("-inf"), dtype=tl.float32)
+    for start in range(0, num_tiles_v, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        place = offs_n.to(tl.int64)[:, None] * num_tokens + offs_t[None, :]
+        mask = (offs_n < num_tiles_v)[:, None] & mask_t[None, :]
+        total += tl.load(total_ptr + place, mask=mask, other=0.0)
+        if entropy_sum_ptr is not None:
+            entropy_sum += tl.load(entropy_sum_ptr + place, mask=mask, other=0.0)
+        if smooth_sum_ptr is not None:
+            smooth_sum += tl.load(smooth_sum_ptr + place, mask=mask, other=0.0)
+        if best_ptr is not None:
+            tile_best = tl.load(best_ptr + place, mask=mask, other=float("-inf"))
+            best = tl.maximum(best, tile_best)
+    anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
+    sums = tl.sum(total, 0)
+    _finish_rows(
+        offs_t,
+        mask_t,
+        sums,
+        tl.sum(entropy_sum, 0),
+        anchor,
+        anchor,
+        class_total_ptr,
+        vocab_size,
+        logit_scale,
+        softcap,
+        nll_weight_ptr,
+        smooth_weight_ptr,
+        z_weight_ptr,
+        nll_ptr,
+        lse_ptr,
+        entropy_ptr,
+        factor_ptr,
+        labels_ptr,
+        store_ptr,
+        stride_store_t,
+        stored_vocab,
+    )
+    overflowed = sums > _OVERFLOW
+    tl.store(overflowed_ptr + offs_t, overflowed.to(tl.int32), mask=mask_t)
+    if smooth_ptr is not None:
+        # The part of an overflowed row's loss is added by the kernel that makes its loss.
+        nll = tl.where(overflowed, 0.0, _log1p(sums))
+        smooth = (tl.load(class_total_ptr) * nll - tl.sum(smooth_sum, 0)) / vocab_size
+        tl.store(smooth_ptr + offs_t, smooth, mask=mask_t)
+    if correct_ptr is not None:
+        target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0)
+        tl.store(correct_ptr + offs_t, tl.max(best, 0) <= target_logit, mask=mask_t)
+
+
+@triton.jit
+def _overflow_tile(
+    hidden_ptr,
+    weight_ptr,
+    low_ptr,
+    low_weight_ptr,
+    bias_ptr,
+    logit_scale,
+    softcap,
+    stride_hidden_t,
+    stride_weight_v,
+    stride_low_t,
+    stride_low_weight_v,
+    offs_t,
+    offs_v,
+    num_tokens,
+    vocab_size,
+    hidden_size,
+    rank,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    acc = accumulate_product(
+        acc,
+        hidden_ptr,
+        weight_ptr,
+        stride_hidden_t,
+        stride_weight_v,
+        offs_t,
+        offs_v,
+        num_tokens,
+        vocab_size,
+        hidden_size,
+        BLOCK_H,
+        False,
+        PRECISION,
+        UPCAST,
+    )
+    if low_ptr is not None:
+        acc = accumulate_product(
+            acc,
+            low_ptr,
+            low_weight_ptr,
+            stride_low_t,
+            stride_low_weight_v,
+            offs_t,
+            offs_v,
+            num_tokens,
+            vocab_size,
+            rank,
+            BLOCK_R,
+            False,
+            PRECISION,
+            UPCAST,
+        )
+    return logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "vocab_size", "stored_vocab"])
+def _overflow_kernel(
+    hidden_ptr,
+    weight_ptr,
+    low_ptr,
+    low_weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    anchor_ptr,
+    overflowed_ptr,
+    class_total_ptr,
+    nll_weight_ptr,
+    smooth_weight_ptr,
+    z_weight_ptr,
+    nll_ptr,
+    lse_ptr,
+    smooth_ptr,
+    entropy_ptr,
+    factor_ptr,
+    store_ptr,
+    stride_store_t,
+    stored_vocab,
+    logit_scale,
+    softcap,
+    num_tokens,
+    vocab_size,
+    hidden_size,
+    rank,
+    stride_hidden_t,
+    stride_weight_v,
+    stride_low_t,
+    stride_low_weight_v,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Program i owns BLOCK rows and all of V; without an overflowed row it ends at once.
+
+    A running maximum makes the sums, a second sweep writes the exponents around it.
+    """
+    offs_t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    redo = tl.load(overflowed_ptr + offs_t, mask=offs_t < num_tokens, other=0) != 0
+    if tl.max(redo.to(tl.int32), 0) == 0:
+        return
+    label_logit = tl.load(anchor_ptr + offs_t, mask=redo, other=0.0)
+    labels = tl.load(labels_ptr + offs_t, mask=redo, other=-1).to(tl.int32)
+    peak = label_logit
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    entropy_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        offs_v = start + tl.arange(0, BLOCK)
+        logits = _overflow_tile(
+            hidden_ptr,
+            weight_ptr,
+            low_ptr,
+            low_weight_ptr,
+            bias_ptr,
+            logit_scale,
+            softcap,
+            stride_hidden_t,
+            stride_weight_v,
+            stride_low_t,
+            stride_low_weight_v,
+            offs_t,
+            offs_v,
+            num_tokens,
+            vocab_size,
+            hidden_size,
+            rank,
+            BLOCK,
+            BLOCK_H,
+            BLOCK_R,
+            PRECISION,
+            UPCAST,
+        )
+        other = (offs_v[None, :] != labels[:, None]) & (offs_v < vocab_size)[None, :]
+        new_peak = tl.maximum(peak, tl.max(tl.where(other, logits, float("-inf")), 1))
+        shifted = logits - new_peak[:, None]
+        exponents = tl.where(other, tl.exp2(shifted * LOG2E), 0.0)
+        decay = tl.exp2((peak - new_peak) * LOG2E)
+        weighted = tl.where(exponents > 0, exponents * shifted, 0.0)
+        entropy_sum = decay * (entropy_sum + total * (peak - new_peak)) + tl.sum(weighted, 1)
+        total = decay * total + tl.sum(exponents, 1)
+        peak = new_peak
+    if smooth_ptr is not None:
+        exp_label = tl.exp2((label_logit - peak) * LOG2E)
+        nll = tl.log(total + exp_label) - (label_logit - peak)
+        smooth = tl.load(smooth_ptr + offs_t, mask=redo, other=0.0)
+        smooth += tl.load(class_total_ptr) * nll / vocab_size
+        tl.store(smooth_ptr + offs_t, smooth, mask=redo)
+    if store_ptr is not None:
+        for start in range(0, stored_vocab, BLOCK):
+            offs_v = start + tl.arange(0, BLOCK)
+            logits = _overflow_tile(
+                hidden_ptr,
+                weight_ptr,
+                low_ptr,
+                low_weight_ptr,
+                bias_ptr,
+                logit_scale,
+                softcap,
+                stride_hidden_t,
+                stride_weight_v,
+                stride_low_t,
+                stride_low_weight_v,
+                offs_t,
+                offs_v,
+                num_tokens,
+                vocab_size,
+                hidden_size,
+                rank,
+                BLOCK,
+                BLOCK_H,
+                BLOCK_R,
+                PRECISION,
+                UPCAST,
+            )
+            tile = tl.exp2((logits - peak[:, None]) * LOG2E)
+            if softcap is not None:
+                tile *= softcap_slope(logits, softcap)
+            place = store_ptr + offs_t.to(tl.int64)[:, None] * stride_store_t + offs_v[None, :]
+            # The label's entry is another thread's store, below: this sweep leaves it out.
+            other = (offs_v[None, :] != labels[:, None]) & (offs_v < stored_vocab)[None, :]
+            tl.store(place, tile.to(store_ptr.dtype.element_ty), mask=redo[:, None] & other)
+    _finish_rows(
+        offs_t,
+        redo,
+        total,
+        entropy_sum,
+        peak,
+        label_logit,
+        class_total_ptr,
+        vocab_size,
+        logit_scale,
+        softcap,
+        nll_weight_ptr,
+        smooth_weight_ptr,
+        z_weight_ptr,
+        nll_ptr,
+        lse_ptr,
+        entropy_ptr,
+        factor_ptr,
+        labels_ptr,
+        store_ptr,
+        stride_store_t,
+        stored_vocab,
+    )
+
+
+def launch_finish(
+    head: Head,
+    labels: Tensor,
+    anchor: Tensor,
+    sums: RowSums,
+    class_total: Tensor | None,
+    weights: RowWeights | None,
+    outputs: RowOutputs,
+    store: Tensor | None,
+    allow_tf32: bool,
+) -> None:
+    """Completes rows from the sums of their tiles, and makes overflowed rows again.
+
+    Two launches; the second one looks at `outputs.overflowed` on the device, and ends at once where
+    no row needs it.
+
+    Args:
+        head: The whole vocabulary.
+        labels: [T] int64.
+        anchor: [T] float32 from `launch_anchor`.
+        sums: Row sums of every vocabulary tile.
+        class_total: [1] float32, sum of the class weights, or V; needed with smoothing only.
+        weights: The objective; None when no gradient is made.
+        outputs: Written; nothing in it needs to be zeroed.
+        store: [T, kept columns], unit stride along V: the exponents of `launch_exponents`, whose
+            label entries are written here; None when no gradient is made.
+        allow_tf32: As in `launch_exponents`.
+    """
+    num_tokens, vocab_size = labels.shape[0], head.weight.shape[0]
+    nll_weight, smooth_weight, z_weight = weights or (None, None, None)
+    stride_store = 0 if store is None else store.stride(0)
+    stored_vocab = 0 if store is None else store.shape[1]
+    softcap = None if head.softcap is None else float(head.softcap)
+    _finish_kernel[(cdiv(num_tokens, 32),)](
+        *sums,
+        anchor,
+        class_total,
+        nll_weight,
+        smooth_weight,
+        z_weight,
+        labels,
+        *outputs,
+        store,
+        stride_store,
+        stored_vocab,
+        float(head.logit_scale),
+        softcap,
+        num_tokens,
+        vocab_size,
+        sums.total.shape[0],
+        BLOCK_T=32,
+        BLOCK_N=32,
+        num_warps=4,
+    )
+    hidden_size = head.hidden.shape[1]
+    rank = 0 if head.low is None else head.low.shape[1]
+    _overflow_kernel[(cdiv(num_tokens, OVERFLOW_BLOCK),)](
+        head.hidden,
+        head.weight,
+        head.low,
+        head.low_weight,
+        head.bias,
+        labels,
+        anchor,
+        outputs.overflowed,
+        class_total,
+        nll_weight,
+        smooth_weight,
+        z_weight,
+        outputs.nll,
+        outputs.lse,
+        outputs.smooth,
+        outputs.entropy,
+        outputs.factor,
+        store,
+        stride_store,
+        stored_vocab,
+        float(head.logit_scale),
+        softcap,
+        num_tokens,
+        vocab_size,
+        hidden_size,
+        rank,
+        head.hidden.stride(0),
+        head.weight.stride(0),
+        0 if head.low is None else head.low.stride(0),
+        0 if head.low_weight is None else head.low_weight.stride(0),
+        BLOCK=OVERFLOW_BLOCK,
+        BLOCK_H=32,
+        BLOCK_R=low_rank_block(rank),
+        PRECISION="tf32" if allow_tf32 else "ieee",
+        UPCAST=interpreted(),
+        num_warps=4,
+        num_stages=2,
+    )
