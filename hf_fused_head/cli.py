@@ -262,6 +262,10 @@ def bench(
         Format, typer.Option("--format", help="matrix: a line a workload, a column a contender.")
     ] = Format.table,
     json_file: JsonOption = None,
+    commit: Annotated[
+        str | None,
+        typer.Option("--commit", help="Of this source, for the header; where there is no git."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw time over peak memory."),
