@@ -41,7 +41,8 @@ def check_arguments(
             "pass weight.detach()"
         )
     _check_num_items(num_items)
-    if memory_budget_mib is not None and not memory_budget_mib > 0:
+    is_number = isinstance(memory_budget_mib, (int, float)) and memory_budget_mib > 0
+    if memory_budget_mib is not None and not is_number:
         raise ValueError(
             f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
             f"None means {DEFAULT_MEMORY_BUDGET_MIB}"

@@ -296,6 +296,7 @@ def bench(
     if content is None:
         settings = suite.Settings(repeats, warmup, check, every_schedule, seed)
         content = _measure(cases, entrants, settings, target)
+        content["header"]["commit"] = content["header"]["commit"] or commit
     _show_bench(content, form)
     _write_json(json_file, content)
     if plot is not None:

@@ -230,7 +230,7 @@ class _Call(NamedTuple):
         smooth = self.options.label_smoothing > 0
         wanted = (smooth, want_entropy, want_correct)
         if not needs_grad:
-            rows = ops.row_stats(*self._head(detached=True), *self._config(), *wanted)
+            rows = ops.row_stats(*self._detached(), *self._config(), *wanted)
             return self._reduce(rows, ce_weight, ce_items, z_items), rows
         if self.options.reduction == "none":
             rows = RowLosses.apply(
@@ -243,7 +243,7 @@ class _Call(NamedTuple):
             )
             return self._reduce(rows, ce_weight, ce_items, z_items), rows
         *rows, grads = ops.stats_and_grads(
-            *self._head(detached=True),
+            *self._detached(),
             *self._config(),
             *self._row_weights(ce_weight, ce_items, z_items),
             [hidden.requires_grad for hidden in self.inputs],
@@ -256,15 +256,15 @@ class _Call(NamedTuple):
         loss = FinishedLoss.apply(loss, len(parameters), *parameters, *grads[: len(parameters)])
         return loss, tuple(rows)
 
-    def _head(self, detached: bool) -> tuple:
-        inputs, weights, bias = self.inputs, self.weights, self.bias
-        if detached:
-            inputs = [hidden.detach() for hidden in inputs]
-            weights = [weight.detach() for weight in weights]
-            bias = None if bias is None else bias.detach()
+    def _detached(self) -> tuple:
+        """The tensors that an operator takes; gradients are ours to attach, not autograd's."""
+        inputs = [hidden.detach() for hidden in self.inputs]
+        weights = [weight.detach() for weight in self.weights]
+        bias = None if self.bias is None else self.bias.detach()
         return inputs, weights, bias, self.class_weight, self.target
 
     def _config(self) -> tuple:
+        """The plain values that every operator takes after the tensors."""
         options = self.options
         mib = self.memory_budget_mib
         budget_bytes = int((DEFAULT_MEMORY_BUDGET_MIB if mib is None else mib) * 2**20)

@@ -102,7 +102,7 @@ def forward_backward(
 ) -> tuple[RowStats, list[Tensor]]:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
     call = _call(operands, labels)
-    weights = RowWeights(*(_contiguous(w) for w in (nll_weight, smooth_weight, z_weight)))
+    weights = RowWeights(nll_weight.contiguous(), _contiguous(smooth_weight), _contiguous(z_weight))
     grads = _empty_grads(operands, needs, widen_half=True)
     results = _named(call, grads, needs)
     smooth = smooth_weight is not None
@@ -139,9 +139,11 @@ def backward(
     results = _named(call, grads, needs)
     schedule = _plan(call, needs, budget_bytes, per_token=True)
     rows = (stats.nll, stats.lse, stats.entropy, stats.correction)
-    upstream = [_contiguous(g) for g in (g_nll, g_lse, g_smooth, g_entropy)]
+    optional = [_contiguous(g) for g in (g_smooth, g_entropy)]
     with _on_device(labels.device):
-        gradient = passes.row_gradient(call, *rows, *upstream)
+        gradient = passes.row_gradient(
+            call, *rows, g_nll.contiguous(), g_lse.contiguous(), *optional
+        )
         passes.recomputed_gradients(call, gradient, 0, schedule.vocab_window, None, results)
     return grads
 
@@ -161,20 +163,20 @@ def _call(operands: Operands, labels: Tensor) -> passes.Call:
             f"`operands` must hold at most two pairs for impl='triton', got "
             f"{len(operands.inputs)}: use impl='torch'"
         )
-    hidden, low = [_unit_stride(t) for t in (*operands.inputs, None)][:2]
-    weight, low_weight = [_unit_stride(t) for t in (*operands.weights, None)][:2]
+    hidden, *low = [_unit_stride(matrix) for matrix in operands.inputs]
+    weight, *low_weight = [_unit_stride(matrix) for matrix in operands.weights]
     head = Head(
         hidden,
         weight,
-        low,
-        low_weight,
+        low[0] if low else None,
+        low_weight[0] if low_weight else None,
         _contiguous(operands.bias),
         _contiguous(operands.class_weight),
         operands.logit_scale,
         operands.softcap,
     )
     config = tile_config(labels.device, hidden.dtype)
-    allow_tf32 = labels.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    allow_tf32 = labels.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
     return passes.Call(head, labels.contiguous(), config, allow_tf32, TRITON_SUMS_BYTES)
 
 
@@ -244,6 +246,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _unit_stride(matrix: Tensor | None) -> Tensor | None:
+def _unit_stride(matrix: Tensor) -> Tensor:
     """The matrix as the kernels and cuBLAS read it: rows with unit stride."""
-    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -275,7 +275,7 @@ class _Step:
             last = chunk
             if chunk <= smallest:
                 return
-            parts = parts + 1 if parts < 64 else -(-parts * 5 // 4)
+            parts += max(1, parts // 4)
 
     def windows(self) -> Iterator[int]:
         """The whole vocabulary; powers of two below it and what lies half way between them."""

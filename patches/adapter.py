@@ -25,11 +25,12 @@ from hf_fused_head.functional import STAT_NAMES, LossStats
 from hf_fused_head.options import Impl, LossOptions
 
 from . import neighbours, swap
-from .call import Call, LossArguments, PatchState, causal_convention
+from .call import Call, LossArguments, causal_convention
 from .errors import RowCountError, UnsupportedModelError
 from .heads import innermost_head, kind_of
 from .registry import facts_of, family_of
 from .settings import PatchOptions
+from .state import PatchState
 from .swap import STATE
 
 Model = TypeVar("Model", bound=nn.Module)

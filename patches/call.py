@@ -1,18 +1,14 @@
-"""One forward with labels: opened by the model, answered by its head, checked, closed.
-
-The state of a patched model outlives its forwards; a call lives for one forward in one thread.
-"""
+"""One forward with labels: opened by the model, answered by its head, checked, closed."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy
 
 from hf_fused_head.options import LossOptions
 
@@ -21,11 +17,9 @@ from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
 from .heads import HeadLoss, head_loss
 from .logits_source import LogitsSource
 from .registry import Facts
-from .settings import LossSettings, PatchOptions
+from .settings import LossSettings
+from .state import LastForward, PatchState, call_key
 from .trace import HeadTrace, observed_facts, same_facts
-
-_COMPILED = 0
-"""The key of calls under torch.compile, which cannot ask for the thread; no thread has it."""
 
 
 class LossArguments(NamedTuple):
@@ -37,52 +31,13 @@ class LossArguments(NamedTuple):
     ignore_index: int = -100
 
 
-class LastForward(NamedTuple):
-    """What the report tells of the last fused forward."""
-
-    num_tokens: int
-    hidden_size: int
-    vocab_size: int
-    dtype: torch.dtype
-    device: torch.device
-    kind: str
-    grad_hidden: bool
-    grad_weight: bool
-
-
-class PatchState:
-    """What a patched model and its head share: options, open calls, what the last forward left."""
-
-    def __init__(self, options: PatchOptions) -> None:
-        self.options = options
-        self.calls: dict[int, Call | None] = {}
-        self.stats: tuple[Tensor | None, ...] | None = None
-        self.last: LastForward | None = None
-        self.rowwise_heads: set[type] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle starts without the calls and results of the original.
-        return {"options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        PatchState.__init__(self, state["options"])
-
-    def current(self) -> Call | None:
-        """The open call of this thread, or of the compiled region that it runs."""
-        return self.calls.get(_key()) or self.calls.get(_COMPILED)
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Runs the stock forward of the head, whatever call is open."""
-        saved = {key: self.calls.pop(key) for key in (_key(), _COMPILED) if key in self.calls}
-        try:
-            yield
-        finally:
-            self.calls.update(saved)
-
-
-def _key() -> int:
-    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
+_UNKNOWN_KEYWORDS = frozenset(
+    name
+    for function in (ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+) - {*LossArguments._fields, "logits", "vocab_size", "source", "target"}
+"""What a later transformers may honour in its losses; every other keyword it takes and drops."""
 
 
 class Call:
@@ -121,7 +76,7 @@ class Call:
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """The stock forward, its head answered by `answer` and its loss by `hand_back`."""
-        calls, key = self.state.calls, _key()
+        calls, key = self.state.calls, call_key()
         outer = calls.get(key)
         calls[key] = self
         try:
@@ -248,6 +203,12 @@ class Call:
                 raise UnsupportedModelError(
                     f"the loss must get the `{name}` that the forward was called with, got another "
                     "one: this model changes it on the way, leave it stock (remove_patch)"
+                )
+        for name in kwargs:
+            if name in _UNKNOWN_KEYWORDS and kwargs[name] is not None:
+                raise UnsupportedModelError(
+                    f"the loss must not get `{name}`, which the fused head does not know: leave "
+                    "this model stock (remove_patch)"
                 )
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise UnsupportedModelError(

@@ -13,9 +13,9 @@ from hf_fused_head.schedule import plan
 
 from . import neighbours
 from .adapter import refusal_of, state_of, static_obstacle
-from .call import LastForward, PatchState
 from .heads import MODULE, innermost_head, kind_of
 from .registry import facts_of, family_of
+from .state import LastForward, PatchState
 from .swap import swapped_class
 
 

@@ -85,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-column", default="text", help="column with the text (default: text)")
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")
     add("--compare", action="store_true", help="run the same steps with the stock head as well")
-    add("--max-steps", type=positive, default=50, metavar="N", help="default: 50")
+    add("--max-steps", type=positive, default=40, metavar="N", help="default: 40")
     add("--seq-len", type=positive, default=256, metavar="N", help="tokens a block, default: 256")
     add("--batch-size", type=positive, default=8, metavar="N", help="blocks a step, default: 8")
     add("--lr", type=float, help="default: 5e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")

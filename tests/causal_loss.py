@@ -17,13 +17,19 @@ def causal_loss(
     labels: Tensor,
     vocab_size: int | None = None,
     num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """What `transformers.loss.loss_utils.ForCausalLMLoss` means, without the cast."""
-    targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     mean = num_items_in_batch is None
     loss = nn.functional.cross_entropy(
-        logits.flatten(0, -2), targets, reduction="mean" if mean else "sum"
+        logits.flatten(0, -2),
+        shift_labels.flatten(),
+        ignore_index=ignore_index,
+        reduction="mean" if mean else "sum",
     )
     return loss if mean else loss / num_items_in_batch
 

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: Triton on the CPU where there is no GPU, and no skip without a reason."""
+"""Settings of the whole suite: Triton on the CPU where there is no GPU, skips with a reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError as error:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the long sweeps unless `-m` names them; skips what the machine has no device for."""
+    """Deselects the long sweeps unless `-m` is given; skips what the machine has no device for."""
     if not config.getoption("-m"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +37,7 @@ from hf_fused_head import (
     patched,
     remove_patch,
 )
+from hf_fused_head.patches import call
 from hf_fused_head.patches.deferred import DeferredLogits, ReplicaLogits, UnavailableLogits
 
 Llama = transformers.LlamaForCausalLM
@@ -186,6 +189,21 @@ def test_another_way_to_the_loss_is_refused(
     if strict or forward is not smaller_vocabulary:
         assert reason.split()[-1] in patch_report(model).reason
         assert same_modules(model, stock)
+
+
+def more_keywords(self: Any, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+    return output_of(
+        self, input_ids, lambda x: x, labels=labels, label_smoothing=0.3, reduction="sum"
+    )
+
+
+def test_keywords_that_the_stock_loss_drops_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = llama_with(more_keywords)
+    model = apply_patch(copy.deepcopy(stock))
+    assert_trains_like(model, stock, batch(stock))
+    monkeypatch.setattr(call, "_UNKNOWN_KEYWORDS", frozenset({"label_smoothing"}))
+    with pytest.raises(UnsupportedModelError, match="must not get `label_smoothing`"):
+        model(**batch(model))
 
 
 def liger(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -442,6 +460,30 @@ def test_a_peft_model_survives_saving_and_copying() -> None:
         remove_patch(other)
         assert not patch_report(other).fused
     assert patch_report(model).fused
+
+
+def test_adapters_added_by_transformers_itself_are_followed() -> None:
+    stock = build("llama", tie_word_embeddings=False)
+    stock.add_adapter(LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    fused = apply_patch(copy.deepcopy(stock))
+    assert_trains_like(fused, stock, batch(stock))
+    assert patch_report(fused).wrapper == "LoRA"
+
+
+def test_nothing_is_kept_alive_by_a_forward_that_is_over() -> None:
+    model, kept = apply_patch(build("gemma2"), stats=("accuracy",)), []
+    model.lm_head.register_forward_pre_hook(
+        lambda module, args: kept.append(weakref.ref(args[0].untyped_storage()))
+    )
+    output = model(**batch(model))
+    output.loss.backward()
+    assert kept[0]() is not None
+    gc.disable()  # Not even until the next collection.
+    try:
+        del output
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def prepared(model: nn.Module) -> nn.Module:

@@ -81,6 +81,17 @@ def test_casts_and_copies_stay_deferred_and_right(index: int) -> None:
     assert torch.equal(result, expected)
 
 
+def test_a_move_to_another_device_stays_deferred() -> None:
+    """Accelerate's device maps bring every output to where the inputs lay."""
+    _, fused, inputs = pair()
+    logits = fused(**inputs).logits
+    moved = logits.to("meta", torch.bfloat16)
+    assert not is_made(moved) and not is_made(logits)
+    assert (moved.device.type, moved.dtype) == ("meta", torch.bfloat16)
+    result = moved * 2
+    assert is_made(logits) and type(result) is Tensor and result.device.type == "meta"
+
+
 def saved_and_loaded(x: Tensor) -> Tensor:
     file = io.BytesIO()
     torch.save(x.detach() * 1, file)

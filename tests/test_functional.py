@@ -420,6 +420,7 @@ REFUSED = [
     ({"num_items": "9"}, TypeError, "`num_items` must be an int .*got '9'"),
     ({"num_items": -1}, ValueError, "`num_items` must be at least 0, got -1"),
     ({"memory_budget_mib": 0}, ValueError, "`memory_budget_mib` must be positive or None, got 0"),
+    ({"memory_budget_mib": "1"}, ValueError, "`memory_budget_mib` must be positive .* got '1'"),
     ({"reduction": "max"}, ValueError, "`reduction` must be one of"),
     ({"impl": "cuda"}, ValueError, "`impl` must be one of"),
     ({"target": torch.tensor([0, 5, 1, 2])}, ValueError, r"got 5 at position \(1,\)"),

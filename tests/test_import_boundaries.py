@@ -78,7 +78,7 @@ def imports(name: str, file: Path) -> set[str]:
 @pytest.mark.parametrize(("part", "name", "file"), modules(), ids=lambda value: str(value))
 def test_a_module_imports_only_what_lies_below_it(part: str, name: str, file: Path) -> None:
     if part == "":
-        return  # The package's own __init__ names everything, lazily; the cold-import test holds it.
+        return  # The package's own __init__ names everything, lazily: the cold import holds it.
     for imported in imports(name, file):
         top, *rest = imported.split(".")
         if top == "hf_fused_head" and rest:

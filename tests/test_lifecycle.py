@@ -1,4 +1,4 @@
-"""The life of a patched model: patched twice, copied, pickled, saved, hooked, trained, unpatched."""
+"""The life of a patched model: patched twice, copied, pickled, saved, hooked, unpatched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from oracle import assert_close_as_torch
+from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from tiny_models import batch, build
 from torch import nn
@@ -247,7 +247,7 @@ def test_a_penalty_on_the_logits_after_the_loss_keeps_its_value_and_gradient() -
     stock = VocabularyPenalty(build("llama").config)
     fused = apply_patch(copy.deepcopy(stock))
     inputs = batch(stock)
-    truth = copy.deepcopy(stock).double()
+    truth = in_float64(stock)
     losses = [model(**inputs).loss for model in (fused, stock, truth)]
     assert_close_as_torch("loss", *losses)
     for loss in losses:
@@ -358,7 +358,7 @@ def test_logits_read_in_evaluation_are_stock_bits() -> None:
 
 def test_logits_read_in_training_carry_their_gradient() -> None:
     stock = build("gemma2").train()
-    fused, truth = apply_patch(copy.deepcopy(stock)), copy.deepcopy(stock).double()
+    fused, truth = apply_patch(copy.deepcopy(stock)), in_float64(stock)
     inputs = batch(stock)
     for model in (stock, fused, truth):
         output = model(**inputs)

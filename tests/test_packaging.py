@@ -44,7 +44,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for folder, prefix in (("hf_fused_head", "hf_fused_head"), ("patches", "hf_fused_head/patches")):
+    places = {"hf_fused_head": "hf_fused_head", "patches": "hf_fused_head/patches"}
+    for folder, prefix in places.items():
         for file in (ROOT / folder).rglob("*"):
             if file.suffix in (".py", ".json", ".typed") and "__pycache__" not in file.parts:
                 assert f"{prefix}/{file.relative_to(ROOT / folder)}" in names

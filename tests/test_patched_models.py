@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from allocation_spy import AllocationSpy
+from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from tiny_models import FAMILIES, batch, build
 from torch import nn
@@ -82,7 +83,7 @@ def loss_and_gradients(
 
 def assert_trains_like_stock(fused: nn.Module, stock: nn.Module, inputs: Inputs) -> None:
     """Loss and every gradient of `fused`, judged by a float64 copy of `stock`."""
-    truth = copy.deepcopy(stock).double()
+    truth = in_float64(stock)
     results = [loss_and_gradients(model, inputs) for model in (fused, stock, truth)]
     (loss, grads), (stock_loss, stock_grads), (true_loss, true_grads) = results
     assert loss.dtype == stock_loss.dtype and loss.shape == stock_loss.shape
@@ -163,7 +164,7 @@ def test_label_smoothing_is_that_of_cross_entropy(family: str, smoothing: float)
         return total.detach(), {name: p.grad for name, p in model.named_parameters()}
 
     stock_loss, stock_grads = smoothed(stock)
-    true_loss, true_grads = smoothed(copy.deepcopy(stock).double())
+    true_loss, true_grads = smoothed(in_float64(stock))
     assert_close_as_torch("loss", loss, stock_loss, true_loss)
     for name, grad in grads.items():
         if grad is not None:
@@ -174,7 +175,7 @@ def test_label_smoothing_is_that_of_cross_entropy(family: str, smoothing: float)
 def test_accumulated_gradients_of_unequal_batches(family: str) -> None:
     stock = build(family)
     fused = apply_patch(copy.deepcopy(stock))
-    truth = copy.deepcopy(stock).double()
+    truth = in_float64(stock)
     parts = [batch(stock, length=length, seed=length) for length in (5, 11, 8)]
     count = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
     gradients = []

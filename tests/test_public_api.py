@@ -56,7 +56,8 @@ def test_signatures_are_those_of_the_contract(name: str) -> None:
 def test_the_docstring_names_every_argument_and_no_other(name: str) -> None:
     value = getattr(hf_fused_head, name)
     document = inspect.getdoc(value) or ""
-    section = re.split(r"\n(?:Returns|Raises|References|Shape):", document.split("Args:\n", 1)[1])[0]
+    after = document.split("Args:\n", 1)[1]
+    section = re.split(r"\n(?:Returns|Raises|References|Shape):", after)[0]
     documented = re.findall(r"^ {4}(\w+)(?: \(.*\))?:", section, flags=re.MULTILINE)
     assert documented == list(inspect.signature(value).parameters)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from oracle import assert_close_as_torch
+from packaging.version import Version
 from tiny_models import FAMILIES, batch, build
 from torch import Tensor, nn
 from trains_like import assert_trains_like
@@ -138,8 +139,11 @@ def test_the_support_table_names_existing_classes_once() -> None:
     names = [name for row in rows for name in row.classes]
     assert len(names) == len(set(names))
     assert len({row.family for row in rows}) == len(rows)
-    for name in names:
-        assert hasattr(transformers, name), name
+    installed = Version(transformers.__version__)
+    for row in rows:
+        for name in row.classes:
+            # Facts may be of classes that this version does not have yet.
+            assert hasattr(transformers, name) or installed < Version(row.transformers), name
     by_family = {row.family: row for row in rows}
     assert by_family["Granite"].scale == "/ config.logits_scaling"
     assert by_family["Cohere"].scale == "* config.logit_scale"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
+from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def assert_trains_like(
         inputs: What both are called with.
         truth: The float64 copy, where `stock` cannot be copied.
     """
-    truth = copy.deepcopy(stock).double() if truth is None else truth
+    truth = in_float64(stock) if truth is None else truth
     (loss, grads), (stock_loss, stock_grads), (true_loss, true_grads) = (
         loss_and_gradients(model, inputs) for model in (fused, stock, truth)
     )
