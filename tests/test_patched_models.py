@@ -12,6 +12,7 @@ from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from tiny_models import FAMILIES, batch, build
 from torch import nn
+from trains_like import assert_gradients_close, assert_trains_like, loss_and_gradients
 
 from hf_fused_head import apply_patch, patch_report
 
@@ -71,27 +72,8 @@ SCENARIOS = [
 ]
 
 
-def loss_and_gradients(
-    model: nn.Module, inputs: Inputs
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs)
-    loss = output[0]
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
 def assert_trains_like_stock(fused: nn.Module, stock: nn.Module, inputs: Inputs) -> None:
-    """Loss and every gradient of `fused`, judged by a float64 copy of `stock`."""
-    truth = in_float64(stock)
-    results = [loss_and_gradients(model, inputs) for model in (fused, stock, truth)]
-    (loss, grads), (stock_loss, stock_grads), (true_loss, true_grads) = results
-    assert loss.dtype == stock_loss.dtype and loss.shape == stock_loss.shape
-    assert_close_as_torch("loss", loss, stock_loss, true_loss)
-    present = {name for name, grad in stock_grads.items() if grad is not None}
-    assert {name for name, grad in grads.items() if grad is not None} == present
-    for name in present:
-        assert_close_as_torch(name, grads[name], stock_grads[name], true_grads[name])
+    assert_trains_like(fused, stock, inputs)
     assert patch_report(fused).fused, patch_report(fused).reason
 
 
@@ -166,9 +148,7 @@ def test_label_smoothing_is_that_of_cross_entropy(family: str, smoothing: float)
     stock_loss, stock_grads = smoothed(stock)
     true_loss, true_grads = smoothed(in_float64(stock))
     assert_close_as_torch("loss", loss, stock_loss, true_loss)
-    for name, grad in grads.items():
-        if grad is not None:
-            assert_close_as_torch(name, grad, stock_grads[name], true_grads[name])
+    assert_gradients_close(grads, stock_grads, true_grads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,9 +164,7 @@ def test_accumulated_gradients_of_unequal_batches(family: str) -> None:
         for part in parts:
             model(**part, num_items_in_batch=count).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, grad in gradients[0].items():
-        if grad is not None:
-            assert_close_as_torch(name, grad, gradients[1][name], gradients[2][name])
+    assert_gradients_close(*gradients)
 
 
 WIDE_VOCABULARY = 4001

@@ -38,14 +38,14 @@ def assert_trains_like(
     )
     assert loss.shape == stock_loss.shape and loss.dtype == stock_loss.dtype
     assert_close_as_torch("loss", loss, stock_loss, true_loss)
-    _assert_close("gradients", grads, stock_grads, true_grads)
+    assert_gradients_close(grads, stock_grads, true_grads)
 
 
 def assert_gradients_like(fused: nn.Module, stock: nn.Module, truth: nn.Module) -> None:
     """Fails unless the gradients that `fused` holds are as near to those of `truth` as stock's."""
     found = [{name: p.grad for name, p in m.named_parameters()} for m in (fused, stock, truth)]
     gathered = {k: None if g is None else _whole(g) for k, g in found[0].items()}
-    _assert_close("gradients", gathered, found[1], found[2])
+    assert_gradients_close(gathered, found[1], found[2])
 
 
 def _whole(grad: Tensor) -> Tensor:
@@ -53,8 +53,7 @@ def _whole(grad: Tensor) -> Tensor:
     return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 
-def _assert_close(
-    name: str,
+def assert_gradients_close(
     ours: dict[str, Tensor | None],
     stock: dict[str, Tensor | None],
     truth: dict[str, Tensor | None],
@@ -66,7 +65,7 @@ def _assert_close(
     """
     assert ours.keys() == stock.keys() == truth.keys()
     present = [key for key, grad in stock.items() if grad is not None]
-    assert [key for key, grad in ours.items() if grad is not None] == present, name
+    assert [key for key, grad in ours.items() if grad is not None] == present
     scales = {key: truth[key].abs().max().nan_to_num() or 1.0 for key in present}
     scaled = [
         {key: (group[key].double() / scales[key]).to(ours[key].dtype) for key in present}
@@ -78,7 +77,7 @@ def _assert_close(
         default=torch.zeros(()),
     )
     for key in present:
-        assert_close_as_torch(f"{name} {key}", scaled[0][key], exact[key] + worst, exact[key])
+        assert_close_as_torch(f"gradient of {key}", scaled[0][key], exact[key] + worst, exact[key])
 
 
 def same_modules(one: nn.Module, other: nn.Module) -> bool:
