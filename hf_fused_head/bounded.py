@@ -37,7 +37,7 @@ def forward(
     want_correct: bool,
 ) -> RowStats:
     """Statistics of every row; the protocol is the one of `hf_fused_head.ops`."""
-    schedule = _plan(operands, labels, None, False, budget_bytes)
+    schedule = _plan(operands, labels, None, want_entropy, False, budget_bytes)
     return _statistics(operands, labels, schedule, want_smooth, want_entropy, want_correct)
 
 
@@ -53,7 +53,7 @@ def forward_backward(
     want_correct: bool,
 ) -> tuple[RowStats, list[Tensor]]:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
-    schedule = _plan(operands, labels, needs, False, budget_bytes)
+    schedule = _plan(operands, labels, needs, want_entropy, False, budget_bytes)
     grads = Gradients(operands, needs, schedule, keep_half=True)
     if schedule.name == "gradient_in_forward":
         weights = (nll_weight, smooth_weight, z_weight)
@@ -80,14 +80,19 @@ def backward(
     budget_bytes: int,
 ) -> list[Tensor]:
     """The gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
-    schedule = _plan(operands, labels, needs, True, budget_bytes)
+    schedule = _plan(operands, labels, needs, g_entropy is not None, True, budget_bytes)
     grads = Gradients(operands, needs, schedule, keep_half=False)
     _recompute(operands, labels, stats, (g_nll, g_lse, g_smooth, g_entropy), grads, schedule)
     return grads.results()
 
 
 def _plan(
-    operands: Operands, labels: Tensor, needs: Needs | None, per_token: bool, budget_bytes: int
+    operands: Operands,
+    labels: Tensor,
+    needs: Needs | None,
+    entropy: bool,
+    per_token: bool,
+    budget_bytes: int,
 ) -> Schedule:
     sizes = [weight.shape[1] for weight in operands.weights]
     wanted = [False] * len(sizes) if needs is None else needs.weights
@@ -103,6 +108,7 @@ def _plan(
         per_token=per_token,
         memory_budget_mib=budget_bytes / 2**20,
         grad_columns=sum(size for size, want in zip(sizes, wanted, strict=True) if want),
+        scratch_blocks=(operands.softcap is not None) + entropy,
     )
 
 

@@ -39,8 +39,10 @@ _LOGITS_PARTS = 5
 _SMALLEST_CHUNK = {"torch": 32, "triton": 256}
 _SMALLEST_WINDOW = 256
 
-# "torch" goes over a tile in blocks of this size: what a last-level cache holds, or one launch.
-_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
+# "torch" goes over a tile in blocks of this size, so that what lies beside it is no second tile.
+# Blocks that fit a cache gain nothing here, and on a busy machine every block is a barrier more:
+# 8 MiB took 2.2 times as long as 200 MiB then (two cores), 24 MiB 1.3 times.
+_BLOCK_BYTES = {"cpu": 48 * 2**20, "cuda": 128 * 2**20}
 
 # Row sums of the "triton" engine: float32, one a tile of this many columns, up to four kinds. It
 # makes statistics of fewer rows at once rather than hold more than this.
@@ -99,6 +101,7 @@ def plan(
     per_token: bool = False,
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
+    scratch_blocks: int = 2,
 ) -> Schedule:
     """The schedule that an engine follows.
 
@@ -115,6 +118,7 @@ def plan(
         memory_budget_mib: Largest workspace; None for the default. If nothing fits, the smallest
             step is taken and `fits` is False.
         grad_columns: Columns of the head that need a gradient, where that is not all of them.
+        scratch_blocks: What "torch" needs beside a tile: a block for a softcap, one for entropies.
     """
     candidates = schedules(
         num_tokens=num_tokens,
@@ -128,6 +132,7 @@ def plan(
         per_token=per_token,
         memory_budget_mib=memory_budget_mib,
         grad_columns=grad_columns,
+        scratch_blocks=scratch_blocks,
     )
     return candidates[0]
 
@@ -145,6 +150,7 @@ def schedules(
     per_token: bool = False,
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
+    scratch_blocks: int = 2,
 ) -> list[Schedule]:
     """Every way to run, the one that `plan` takes first; arguments as there."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
@@ -159,6 +165,7 @@ def schedules(
         grad_hidden=grad_hidden,
         grad_columns=(hidden_size if grad_columns is None else grad_columns) if grad_weight else 0,
         grad_weight=grad_weight,
+        scratch_blocks=scratch_blocks,
         widened=dtype == torch.float16 and not per_token,
         budget=int(mib * 2**20),
     )
@@ -209,6 +216,7 @@ class _Step:
     grad_hidden: bool
     grad_weight: bool
     grad_columns: int
+    scratch_blocks: int
     widened: bool
     budget: int
     asked: int | None = None  # the budget before it was raised
@@ -332,8 +340,12 @@ class _Step:
         logits = chunk * columns * self.acc
         row = columns * self.acc
         scratch = min(logits, max(row, block_bytes(self.device_type) // row * row))
-        # A tile, two scratch blocks, and vectors per token and per column.
-        total = logits + 2 * scratch + (32 * self.num_tokens + 4 * self.vocab_size) * self.acc
+        # A tile, scratch blocks, and vectors per token and per column.
+        total = (
+            logits
+            + self.scratch_blocks * scratch
+            + (32 * self.num_tokens + 4 * self.vocab_size) * self.acc
+        )
         if self.item == self.acc:
             return total
         total += (window + chunk) * self.hidden_size * self.acc

@@ -89,6 +89,9 @@ def per_token(engine, operands: Operands, labels: Tensor, mib: float, needs: Nee
 
 
 def schedule_of(operands: Operands, mib: float, is_per_token: bool) -> Schedule:
+    # A softcap needs a block beside the tile, and so do the entropies that only `per_token` asks.
+    extras = operands.softcap is not None
+    scratch = extras + (extras and is_per_token)
     return plan(
         num_tokens=operands.inputs[0].shape[0],
         hidden_size=sum(w.shape[1] for w in operands.weights),
@@ -100,6 +103,7 @@ def schedule_of(operands: Operands, mib: float, is_per_token: bool) -> Schedule:
         grad_weight=True,
         per_token=is_per_token,
         memory_budget_mib=mib,
+        scratch_blocks=scratch,
     )
 
 
@@ -278,6 +282,7 @@ def tiles(operands: Operands, mib: float, wanted: tuple[bool, bool]) -> float:
         grad_weight=wanted[1],
         memory_budget_mib=mib,
         grad_columns=HIDDEN if wanted[1] else 0,
+        scratch_blocks=0,
     )
     columns = VOCAB if schedule.name == "gradient_in_forward" else schedule.vocab_window
     return -(-NUM_TOKENS // schedule.chunk_tokens) * -(-VOCAB // columns)
