@@ -64,7 +64,7 @@ def self_checks(device: torch.device) -> list[Check]:
     for dtype in DTYPES:
         batch = make_batch(_PROBLEM, dtype, device, _IGNORED)
         truth = accuracy.truth_of(batch, "fwd+bwd")
-        stock = accuracy.errors_of(accuracy.plain_result(batch, "fwd+bwd", dtype), truth)
+        stock = accuracy.errors_of_stock(accuracy.plain_result(batch, "fwd+bwd", dtype), truth)
         checks += [_check(impl, batch, truth, stock) for impl in IMPLS]
     return checks
 

@@ -22,13 +22,21 @@ the gradient of the logits itself.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_fused_head.kernels import passes
-from hf_fused_head.kernels.operands import Head, RowOutputs, RowWeights, Totals
-from hf_fused_head.kernels.rows import launch_multiply
+from hf_fused_head.kernels.operands import (
+    Abandoned,
+    Attempt,
+    Head,
+    RowOutputs,
+    RowWeights,
+    Totals,
+)
+from hf_fused_head.kernels.rows import launch_count, launch_multiply
 from hf_fused_head.kernels.tuning import cdiv, interpreted, tile_config
 from hf_fused_head.options import Needs, Operands, RowStats
 from hf_fused_head.schedule import TRITON_SUMS_BYTES, Schedule, plan
@@ -80,12 +88,19 @@ def forward(
     want_smooth: bool,
     want_entropy: bool,
     want_correct: bool,
-) -> RowStats:
-    """Statistics of every row in one pass that stores no tile; the protocol is the one of `ops`."""
-    call = _call(operands, labels)
+    attempt: Attempt | None = None,
+) -> RowStats | None:
+    """Statistics of every row in one pass that stores no tile; the protocol is the one of `ops`.
+
+    In an attempt some rows may not count, and are zero then; None if it was abandoned.
+    """
+    call = _call(operands, labels, attempt)
     outputs = call.outputs(want_smooth, want_entropy, want_correct, factor=False)
     with _on_device(labels.device):
-        anchor = passes.statistics(call, None, outputs, None)
+        try:
+            anchor = passes.statistics(call, None, outputs, None)
+        except Abandoned:
+            return None
     return _row_stats(outputs, passes.rounding_of_lse(outputs, anchor))
 
 
@@ -99,9 +114,13 @@ def forward_backward(
     budget_bytes: int,
     want_entropy: bool,
     want_correct: bool,
-) -> tuple[RowStats, list[Tensor]]:
-    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
-    call = _call(operands, labels)
+    attempt: Attempt | None = None,
+) -> tuple[RowStats, list[Tensor]] | None:
+    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
+
+    In an attempt some rows may not count, and are zero then; None if it was abandoned.
+    """
+    call = _call(operands, labels, attempt)
     weights = RowWeights(nll_weight.contiguous(), _contiguous(smooth_weight), _contiguous(z_weight))
     grads = _empty_grads(operands, needs, widen_half=True)
     results = _named(call, grads, needs)
@@ -114,11 +133,14 @@ def forward_backward(
     factor = whole_rows or kept > 0
     outputs = call.outputs(smooth, want_entropy, want_correct, factor)
     with _on_device(labels.device):
-        if whole_rows:
-            passes.chunk_gradients(call, schedule.chunk_tokens, weights, outputs, results)
-        else:
-            window = schedule.vocab_window
-            passes.kept_gradients(call, kept, window, weights, outputs, results)
+        try:
+            if whole_rows:
+                passes.chunk_gradients(call, schedule.chunk_tokens, weights, outputs, results)
+            else:
+                window = schedule.vocab_window
+                passes.kept_gradients(call, kept, window, weights, outputs, results)
+        except Abandoned:
+            return None
     return _row_stats(outputs, None), grads
 
 
@@ -148,6 +170,40 @@ def backward(
     return grads
 
 
+def begin(
+    labels: Tensor, ignore_index: int, vocab_size: int, complain: Callable[[], object]
+) -> Attempt:
+    """An attempt at all rows, so that the first product need not wait until the host has counted.
+
+    Captured in a CUDA graph, which has no host to wait or to complain, it always goes on; labels
+    out of range make the loss NaN then.
+
+    Args:
+        labels: [N] int64.
+        ignore_index: The label of rows that do not count.
+        vocab_size: Labels that count lie in `[0, vocab_size)`.
+        complain: Called when a label is out of range; raises the error that names it.
+    """
+    on_gpu = labels.is_cuda
+    with _on_device(labels.device):
+        plain, counts = launch_count(labels.contiguous(), ignore_index, vocab_size)
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return Attempt(plain, None, lambda: True)
+        on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=on_gpu)
+        on_host.copy_(counts, non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def goes_on() -> bool:
+        if arrived is not None:
+            arrived.synchronize()
+        num_wrong, many_ignored = on_host.tolist()
+        if num_wrong:
+            complain()
+        return not many_ignored
+
+    return Attempt(plain, counts[1:], goes_on)
+
+
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:
     """`values *= factor` without a pass over them where the factor, on the device, is 1."""
     if not values.is_contiguous() or values.numel() == 0:
@@ -157,7 +213,7 @@ def multiply_(values: Tensor, factor: Tensor) -> Tensor:
     return values
 
 
-def _call(operands: Operands, labels: Tensor) -> passes.Call:
+def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) -> passes.Call:
     if len(operands.inputs) > 2:
         raise NotImplementedError(
             f"`operands` must hold at most two pairs for impl='triton', got "
@@ -177,7 +233,7 @@ def _call(operands: Operands, labels: Tensor) -> passes.Call:
     )
     config = tile_config(labels.device, hidden.dtype)
     allow_tf32 = labels.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
-    return passes.Call(head, labels.contiguous(), config, allow_tf32, TRITON_SUMS_BYTES)
+    return passes.Call(head, labels.contiguous(), config, allow_tf32, TRITON_SUMS_BYTES, attempt)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:

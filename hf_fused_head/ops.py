@@ -9,6 +9,7 @@ autograd formula: a second derivative raises instead of being wrong.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -66,13 +67,11 @@ class _Head(NamedTuple):
         """The rows that count, [num_valid] int64; None when all do."""
         return kept_rows(self.labels, self.ignore_index, self.weights[0].shape[0])
 
-    def operands(self, rows: Tensor | None) -> tuple[Operands, Tensor]:
-        """What an engine takes: matrices with a stride of 1 and labels, at the rows that count."""
+    def operands(self, rows: Tensor | None) -> Operands:
+        """What an engine takes: matrices with a stride of 1, at the rows that count."""
         inputs = _plain([_take(rows, hidden) for hidden in self.inputs])
         options = (self.bias, self.class_weight, self.logit_scale, self.softcap)
-        return Operands(inputs, _plain(self.weights), *options), _take(
-            rows, self.labels.reshape(-1)
-        )
+        return Operands(inputs, _plain(self.weights), *options)
 
     def no_autocast(self) -> torch.autocast:
         """An operator's body runs under the caller's autocast, which would round its products."""
@@ -119,6 +118,12 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
     Raises:
         ValueError: If a label that counts is out of range.
     """
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "a CUDA graph cannot capture this loss: the host has to learn how many labels count; "
+            "use a scalar reduction with impl='triton', which can be captured, or keep the loss "
+            "outside of the graph"
+        )
     flat = labels.reshape(-1)
     keep = flat != ignore_index
     bad = keep & ((flat < 0) | (flat >= vocab_size))
@@ -132,6 +137,31 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
             "ignore_index and check that the tokenizer and the head agree on the vocabulary size"
         )
     return None if num_valid == flat.numel() else keep.nonzero()[:, 0]
+
+
+def _ask(head: _Head, question: Callable[..., Any]) -> tuple[Tensor | None, Any]:
+    """Has the engine answer for all rows if few are ignored, else for those that count.
+
+    Args:
+        head: The call.
+        question: Takes the engine, its operands, labels, rows that they are of, maybe an attempt.
+
+    Returns:
+        The rows that the answer is for, None for all; and the answer, None where no row counts.
+    """
+    engine = head.engine()
+    if hasattr(engine, "begin") and head.num_tokens > 0:
+        # Waiting for a number that decides little would leave the device without work.
+        flat, vocab_size = head.labels.reshape(-1), head.weights[0].shape[0]
+        attempt = engine.begin(flat, head.ignore_index, vocab_size, head.kept_rows)
+        answer = question(engine, head.operands(None), attempt.labels, None, attempt=attempt)
+        if answer is not None:
+            return None, answer
+    rows = head.kept_rows()
+    if _no_row(rows, head):
+        return rows, None
+    labels = _take(rows, head.labels.reshape(-1))
+    return rows, question(engine, head.operands(rows), labels, rows)
 
 
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:
@@ -182,12 +212,14 @@ def _put_inputs(rows: Tensor | None, grads: list[Tensor], head: _Head) -> list[T
 def row_stats(*arguments: Any) -> tuple[Tensor, ...]:
     """Statistics per token, zero where ignored: [N] each, [0] where not asked for."""
     head, wanted = _Head(*arguments[:10]), arguments[10:]
-    engine, rows = head.engine(), head.kept_rows()
-    if _no_row(rows, head):
-        return head.stats(torch.zeros, *wanted)
-    operands, labels = head.operands(rows)
+
+    def question(engine: Any, operands: Operands, labels: Tensor, _: Any, **attempt: Any) -> Any:
+        return engine.forward(operands, labels, head.budget_bytes, *wanted, **attempt)
+
     with head.no_autocast():
-        stats: RowStats = engine.forward(operands, labels, head.budget_bytes, *wanted)
+        rows, stats = _ask(head, question)
+    if stats is None:
+        return head.stats(torch.zeros, *wanted)
     correction = torch.ones_like(stats.nll) if stats.correction is None else stats.correction
     return tuple(_put(rows, value, head.num_tokens) for value in (*stats[:5], correction))
 
@@ -207,16 +239,18 @@ def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
     head, weights, needs = _Head(*arguments[:10]), arguments[10:13], Needs(*arguments[13:16])
     wanted = arguments[16:]
-    engine, rows = head.engine(), head.kept_rows()
-    if _no_row(rows, head):
+
+    def question(engine: Any, operands: Operands, labels: Tensor, rows: Any, **attempt: Any) -> Any:
+        part = _take_each(rows, weights)
+        options = (needs, head.budget_bytes, *wanted)
+        return engine.forward_backward(operands, labels, *part, *options, **attempt)
+
+    with head.no_autocast():
+        rows, answer = _ask(head, question)
+    if answer is None:
         stats = head.stats(torch.zeros, weights[1] is not None, *wanted)
         return (*stats[:5], head.grads(torch.zeros, needs, widen=True))
-    operands, labels = head.operands(rows)
-    weights = _take_each(rows, weights)
-    with head.no_autocast():
-        stats, grads = engine.forward_backward(
-            operands, labels, *weights, needs, head.budget_bytes, *wanted
-        )
+    stats, grads = answer
     values = (_put(rows, value, head.num_tokens) for value in stats[:5])
     return (*values, _put_inputs(rows, grads, head))
 
@@ -240,11 +274,12 @@ def row_grads(*arguments: Any) -> list[Tensor]:
     engine, rows = head.engine(), head.kept_rows()
     if _no_row(rows, head):
         return head.grads(torch.zeros, needs, widen=False)
-    operands, labels = head.operands(rows)
+    labels = _take(rows, head.labels.reshape(-1))
     stats = RowStats(*_take_each(rows, arguments[10:16]))
     upstream = _take_each(rows, arguments[16:20])
+    options = (needs, head.budget_bytes)
     with head.no_autocast():
-        grads = engine.backward(operands, labels, stats, *upstream, needs, head.budget_bytes)
+        grads = engine.backward(head.operands(rows), labels, stats, *upstream, *options)
     return _put_inputs(rows, grads, head)
 
 

@@ -19,11 +19,8 @@ DEFAULT_MEMORY_BUDGET_MIB = 1024
 # A smaller workspace is preferred to a modelled gain of less than this.
 _SLACK = 1.01
 
-# A budget below the smallest step is raised to this many times that step: the very smallest tiles
-# would spend most of their time on starting over.
-_RAISE = 1.25
-
-# A budget that is too small is raised to the smallest workspace and this much.
+# A budget that is too small is raised to this many times the smallest workspace: the very smallest
+# tiles would spend most of their time on starting over.
 _RAISE = 1.1
 
 # What one more chunk or window costs, in tokens or columns of a pass (measured: two Zen 3 cores,

@@ -170,6 +170,9 @@ def test_no_host_synchronisation(schedule, monkeypatch):
         stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
         fused.backward(operands, labels, stats, *upstream, all_needs(operands), 2**30)
         fused.multiply_(grads[0], upstream[0][:1])
+        # The one wait of the default path is for an event behind the first product.
+        attempt = fused.begin(labels, -100, SIZES["aligned"][2], pytest.fail)
+        fused.forward_backward(operands, attempt.labels, *weights, *rest, attempt=attempt)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -220,10 +223,11 @@ def test_memory_stays_within_the_plan(budget_mib):
     del kept
 
 
-def test_public_function_with_ignored_labels_and_upstream_scale():
+@pytest.mark.parametrize("every", [3, 100], ids=["left_out", "ride_along"])
+def test_public_function_with_ignored_labels_and_upstream_scale(every):
     """Ignored rows, a tensor `num_items` and a loss scale, against torch in float64."""
     hidden, weight, labels = trained_head(500, 128, 3000)
-    labels[::3] = -100
+    labels[::every] = -100
     items = torch.tensor(77, device="cuda")
     results = []
     for dtype in (torch.bfloat16, torch.float64, None):
@@ -255,21 +259,82 @@ def test_second_backward_gives_the_same_gradients(dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole_with_changing_lengths(reduction):
-    @torch.compile(fullgraph=True)
     def step(hidden, weight, labels):
         loss = linear_cross_entropy(
             2 * hidden, weight, labels, softcap=20.0, reduction=reduction, impl="triton"
         )
         return loss.sum()
 
+    compiled_step = torch.compile(step, fullgraph=True)
     for num_tokens in (64, 130, 201):
         hidden, weight, labels = trained_head(num_tokens, 128, 1000)
         labels[: num_tokens // 4] = -100
         grads = []
-        for function in (step, step.__wrapped__ if hasattr(step, "__wrapped__") else step):
+        for function in (compiled_step, step):
             h, w = (t.detach().clone().requires_grad_() for t in (hidden, weight))
             function(h, w, labels).backward()
             grads.append((h.grad, w.grad))
+        for compiled, eager in zip(*grads, strict=True):
+            assert relative_error(compiled, eager) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_cuda_graph_replays_other_labels(schedule, monkeypatch):
+    """A graph cannot ask the host: however many labels are ignored, and wrong ones give NaN."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    hidden, weight, labels = trained_head(600, 128, 2000)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def step():
+        loss = linear_cross_entropy(hidden, weight, labels, label_smoothing=0.1, impl="triton")
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for ignored in (0, 5, 400):
+        labels.random_(2000)
+        labels[:ignored] = -100
+        graph.replay()
+        for captured, eager in zip(results, step(), strict=True):
+            assert relative_error(captured, eager) <= torch.finfo(torch.bfloat16).eps
+    labels[-1] = 2000
+    graph.replay()
+    assert results[0].isnan()
+    with pytest.raises(ValueError, match="2000 at position"):
+        step()
+
+
+def test_an_engine_that_asks_the_host_is_refused_in_a_cuda_graph():
+    hidden, weight, labels = trained_head(64, 128, 500)
+    linear_cross_entropy(hidden, weight, labels, impl="torch")
+    refused = pytest.raises(NotImplementedError, match="CUDA graph")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        linear_cross_entropy(hidden, weight, labels, impl="torch")
+
+
+def test_reduced_launch_overhead_of_the_compiler():
+    """Under mode="reduce-overhead", which records CUDA graphs by itself."""
+
+    def step(hidden, weight, labels):
+        return linear_cross_entropy(2 * hidden, weight, labels, impl="triton")
+
+    compiled_step = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        hidden, weight, labels = trained_head(256, 128, 1000)
+        labels[: 7 * seed] = -100
+        grads = []
+        for function in (compiled_step, step):
+            h, w = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+            function(h, w, labels).backward()
+            grads.append((h.grad.clone(), w.grad.clone()))
         for compiled, eager in zip(*grads, strict=True):
             assert relative_error(compiled, eager) <= torch.finfo(torch.bfloat16).eps
 

@@ -173,6 +173,76 @@ def test_nothing_unwritten_is_read(schedule, monkeypatch):
         assert torch.isfinite(tensor.float()).all()
 
 
+def _ignore(labels, places, index=-100):
+    return labels.clone().index_fill_(0, torch.tensor(places), index)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["plain", "everything", "softcap_smooth"])
+def test_a_few_ignored_rows_ride_along(name, schedule, monkeypatch):
+    """Begun before the labels are counted: the same as without the rows, and zero in them."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    case, num_tokens, ignored = CASES[name], 68, [0, 41]
+    operands, labels = operands_of(case, num_tokens, *SIZES[1:], torch.float32, "cpu")
+    labels = _ignore(labels, ignored)
+    kept = (labels >= 0).nonzero()[:, 0]
+    weights = row_weights(case, num_tokens, "cpu")
+    rest = (all_needs(operands), 2**30, True, True)
+    attempt = fused.begin(labels, -100, SIZES[2], pytest.fail)
+    stats, grads = fused.forward_backward(
+        operands, attempt.labels, *weights, *rest, attempt=attempt
+    )
+    part = operands._replace(inputs=[hidden[kept] for hidden in operands.inputs])
+    part_weights = [None if weight is None else weight[kept] for weight in weights]
+    plain_stats, plain = reference.forward_backward(part, labels[kept], *part_weights, *rest)
+    for ours, theirs in zip(stats[:5], plain_stats[:5], strict=True):
+        if ours.numel():
+            assert not ours[ignored].any()
+            torch.testing.assert_close(ours[kept], theirs)
+    for ours, theirs in zip(grads, plain, strict=True):
+        if ours.shape[0] == num_tokens:
+            assert not ours[ignored].any()
+            ours = ours[kept]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    statistics = fused.forward(
+        operands, attempt.labels, 2**30, case.smooth, True, True, attempt=attempt
+    )
+    for ours, theirs in zip(statistics[:5], stats[:5], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.isfinite(statistics.correction).all()
+
+
+def test_an_attempt_with_many_ignored_rows_is_abandoned(monkeypatch):
+    """On the device nothing is computed, on the host the caller hears that rows should go."""
+    operands, labels = operands_of(CASES["plain"], 64, *SIZES[1:], torch.float32, "cpu")
+    weights = row_weights(CASES["plain"], 64, "cpu")
+    rest = (all_needs(operands), 2**30, False, False)
+    for places, answers in (([5, 6], True), ([5, 6, 7], False)):
+        attempt = fused.begin(_ignore(labels, places), -100, SIZES[2], pytest.fail)
+        operation = (operands, attempt.labels, *weights, *rest)
+        assert (fused.forward_backward(*operation, attempt=attempt) is not None) == answers
+        statistics = (operands, attempt.labels, 2**30, False, False, False)
+        assert (fused.forward(*statistics, attempt=attempt) is not None) == answers
+        assert bool(attempt.many_ignored) != answers
+
+
+def test_a_wrong_label_reads_nothing_and_is_named():
+    """Kernels see -2 for it before the host can complain, and its loss is NaN if it cannot."""
+    operands, labels = operands_of(CASES["plain"], 64, *SIZES[1:], torch.float32, "cpu")
+    wrong = _ignore(labels, [9], 2**40)
+
+    def complain():
+        raise ValueError("named")
+
+    attempt = fused.begin(wrong, -100, SIZES[2], complain)
+    statistics = (operands, attempt.labels, 2**30, False, False, False)
+    with pytest.raises(ValueError, match="named"):
+        fused.forward(*statistics, attempt=attempt)
+    captured = attempt._replace(many_ignored=None, goes_on=lambda: True)
+    nll = fused.forward(*statistics, attempt=captured).nll
+    assert nll.isnan().nonzero().tolist() == [[9]]
+
+
 def test_labels_of_zero_weight_and_pure_smoothing(monkeypatch):
     """Rows whose softmax terms vanish or cancel give finite gradients."""
     monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])

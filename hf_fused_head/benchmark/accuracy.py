@@ -21,6 +21,7 @@ class Result(NamedTuple):
     loss: Tensor  # [], mean over the tokens that count
     dhidden: Tensor | None  # [T, H]
     dweight: Tensor | None  # [V, H]
+    token_losses: Tensor | None = None  # [T], 0 where ignored; of `plain_result` only
 
 
 class Errors(NamedTuple):
@@ -48,14 +49,16 @@ def plain_result(batch: Batch, mode: str, dtype: torch.dtype) -> Result:
     loss = torch.zeros((), dtype=wide, device=weight.device)
     dhidden = torch.zeros_like(batch.hidden, dtype=dtype) if mode != "fwd" else None
     dweight = torch.zeros_like(weight, dtype=wide) if mode == "fwd+bwd" else None
+    token_losses = []
     for start in range(0, len(batch.labels), _CHUNK_TOKENS):
         rows = slice(start, start + _CHUNK_TOKENS)
         hidden = batch.hidden[rows].detach().to(dtype).requires_grad_(mode != "fwd")
         logits = F.linear(hidden, weight).to(wide)
-        part = F.cross_entropy(
-            logits, batch.labels[rows], ignore_index=IGNORE_INDEX, reduction="sum"
+        losses = F.cross_entropy(
+            logits, batch.labels[rows], ignore_index=IGNORE_INDEX, reduction="none"
         )
-        part = part / batch.num_valid
+        token_losses.append(losses.detach())
+        part = losses.sum() / batch.num_valid
         loss += part.detach()
         del logits
         if dhidden is not None:
@@ -64,7 +67,8 @@ def plain_result(batch: Batch, mode: str, dtype: torch.dtype) -> Result:
             dhidden[rows] = grads[0]
             if dweight is not None:
                 dweight += grads[1]
-    return Result(loss, dhidden, None if dweight is None else dweight.to(dtype))
+    dweight = None if dweight is None else dweight.to(dtype)
+    return Result(loss, dhidden, dweight, torch.cat(token_losses))
 
 
 def truth_of(batch: Batch, mode: str) -> Result:
@@ -110,7 +114,23 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def errors_of(result: Result, truth: Result) -> Errors:
     """The three relative errors of a result."""
-    return Errors(*(relative_error(ours, true) for ours, true in zip(result, truth, strict=True)))
+    pairs = zip(result[:3], truth[:3], strict=True)
+    return Errors(*(relative_error(ours, true) for ours, true in pairs))
+
+
+def errors_of_stock(stock: Result, truth: Result) -> Errors:
+    """The errors of stock arithmetic that others are held against; both from `plain_result`.
+
+    The errors of its tokens, each about 1e-2 nats in bfloat16, cancel in the mean of a batch, more
+    or less as luck has it. For the loss it is therefore what they leave on average: their root mean
+    square over the root of their number.
+    """
+    errors = errors_of(stock, truth)
+    if stock.token_losses is None or truth.token_losses is None:
+        return errors
+    spread = (stock.token_losses.to(truth.loss.dtype) - truth.token_losses).norm()
+    num_valid = (truth.token_losses != 0).sum().clamp_min(1)
+    return errors._replace(loss=max(errors.loss or 0.0, (spread / num_valid / truth.loss).item()))
 
 
 def objections(errors: Errors, stock: Errors, dtype: torch.dtype) -> list[str]:
@@ -118,7 +138,7 @@ def objections(errors: Errors, stock: Errors, dtype: torch.dtype) -> list[str]:
 
     Args:
         errors: Of the result that is judged.
-        stock: Of plain torch in `dtype`, from `plain_result`.
+        stock: Of plain torch in `dtype`, from `errors_of_stock`.
         dtype: The dtype of the inputs; the epsilon of its accumulators is added to stock's error,
             which may be smaller than that by luck.
 

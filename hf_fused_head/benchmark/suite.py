@@ -54,7 +54,7 @@ class Settings:
             "repeats": self.repeats,
             "warmup": self.warmup,
             "order": "one process, contenders in turn, every repeat",
-            "clock": "CUDA events after one untimed step" if on_gpu else "wall clock",
+            "clock": "CUDA events, second of two steps in a row" if on_gpu else "wall clock",
             "time": "median; min and max beside it",
             "memory": "peak of torch's allocator beyond inputs, outputs and gradients included",
             "errors": "relative Frobenius norm against plain torch in float64 (truth_dtype)",
@@ -279,7 +279,9 @@ def _judge(
     """Errors and peak memory of every contender, and the verdict."""
     device = batch.weight.device
     truth = accuracy.truth_of(batch, mode)
-    stock = accuracy.errors_of(accuracy.plain_result(batch, mode, batch.weight.dtype), truth)
+    plain = accuracy.plain_result(batch, mode, batch.weight.dtype)
+    stock = accuracy.errors_of_stock(plain, truth)
+    del plain
     for lane in lanes:
         if lane.step is not None:
             with _Guard(lane):
@@ -325,9 +327,6 @@ def _time(
         for lane in lanes:
             if lane.step is not None:
                 with _Guard(lane):
-                    if device.type == "cuda":
-                        # After its neighbour's step a contender meets its own memory and caches.
-                        lane.step()
                     elapsed = measure.time_ms(lane.step, device)
                     if repeat >= 0:
                         samples[lane.record.contender].append(elapsed)

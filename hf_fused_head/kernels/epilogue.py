@@ -9,6 +9,16 @@ from hf_fused_head.kernels.product import LOG2E, logits_of, softcap_slope
 
 
 @triton.jit
+def level_of(total):
+    """What a tile's shifted logits are counted from in its entropy sum: near those that matter.
+
+    Counted from the anchor, which may lie 40 nats below, the entropy would be the small difference
+    of two sums, each with the rounding of its own order of summation.
+    """
+    return tl.where((total > 0) & (total < float("inf")), tl.log(total), 0.0)
+
+
+@triton.jit
 def _store_sums(
     logits,
     exponents,
@@ -30,10 +40,12 @@ def _store_sums(
     """Writes this tile's row sums at [pid_v, offs_t]; see `RowSums`."""
     place = pid_v.to(tl.int64) * num_tokens + offs_t
     mask_t = offs_t < num_tokens
-    tl.store(total_ptr + place, tl.sum(exponents, 1), mask=mask_t)
+    total = tl.sum(exponents, 1)
+    tl.store(total_ptr + place, total, mask=mask_t)
     if entropy_ptr is not None:
         # exp(-inf) * -inf would be nan: a column without mass adds nothing.
-        weighted = tl.where(exponents > 0, exponents * shifted, 0.0)
+        around = shifted - level_of(total)[:, None]
+        weighted = tl.where(exponents > 0, exponents * around, 0.0)
         tl.store(entropy_ptr + place, tl.sum(weighted, 1), mask=mask_t)
     if smooth_ptr is not None:
         inside = (offs_v < vocab_size)[None, :]
@@ -87,10 +99,17 @@ def epilogue(
     at_label = offs_v[None, :] == labels[:, None]
     logits = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
     shifted = logits - shift[:, None]
-    exponents = tl.exp2(shifted * LOG2E)
+    scaled = shifted * LOG2E
     if alpha_ptr is None:
-        outside = at_label | (offs_v >= vocab_size)[None, :]
-        tile = tl.where(outside, 0.0, exponents)
+        # Few tiles hold a label of one of their rows, and only the last ones columns beyond V:
+        # the others are spared two comparisons and a choice an element.
+        first_v = tl.min(offs_v, 0)
+        last_v = tl.max(offs_v, 0)
+        holds_label = tl.max(((labels >= first_v) & (labels <= last_v)).to(tl.int32), 0)
+        if (holds_label > 0) | (last_v >= vocab_size):
+            outside = at_label | (offs_v >= vocab_size)[None, :]
+            scaled = tl.where(outside, float("-inf"), scaled)
+        tile = tl.exp2(scaled)
         if total_ptr is not None:
             _store_sums(
                 logits,
@@ -113,6 +132,7 @@ def epilogue(
         if softcap is not None:
             tile *= softcap_slope(logits, softcap)
     else:
+        exponents = tl.exp2(scaled)
         alpha = tl.load(alpha_ptr + offs_t, mask=mask_t, other=0.0)
         target = tl.load(target_ptr + offs_t, mask=mask_t, other=0.0)
         if eta_ptr is not None:
@@ -133,5 +153,6 @@ def epilogue(
                 tile -= gamma[:, None]
         if softcap is not None:
             tile *= softcap_slope(logits, softcap)
-        tile *= logit_scale
+        if logit_scale is not None:
+            tile *= logit_scale
     return tile

@@ -37,6 +37,7 @@ def _head_descriptor_kernel(
     gamma_ptr,
     eta_ptr,
     entropy_ptr,
+    skip_ptr,
     logit_scale,
     softcap,
     num_tokens,
@@ -67,6 +68,8 @@ def _head_descriptor_kernel(
     # A second tile counter for the epilogue lets the loads of the next tile run ahead of it.
     tile_done = tl.program_id(0) - NUM_PROGRAMS
     num_tiles = num_tiles_t * num_tiles_v
+    if skip_ptr is not None:
+        num_tiles = tl.where(tl.load(skip_ptr) != 0, 0, num_tiles)
     for tile_id in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=FLATTEN):
         pid_t, pid_v = tile_position(tile_id, num_tiles_t, num_tiles_v, GROUP_T)
         acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
@@ -156,6 +159,7 @@ def _head_pointer_kernel(
     gamma_ptr,
     eta_ptr,
     entropy_ptr,
+    skip_ptr,
     logit_scale,
     softcap,
     num_tokens,
@@ -178,6 +182,10 @@ def _head_pointer_kernel(
     UPCAST: tl.constexpr,
 ):
     """Any card: one program owns one tile of the logits, loads and stores through pointers."""
+    # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
+    if skip_ptr is not None:  # noqa: SIM102
+        if tl.load(skip_ptr) != 0:
+            return
     num_tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     num_tiles_v = tl.cdiv(vocab_size, BLOCK_V)
     pid_t, pid_v = tile_position(tl.program_id(0), num_tiles_t, num_tiles_v, GROUP_T)
@@ -263,12 +271,13 @@ def launch_exponents(
     store: Tensor | None,
     config: TileConfig,
     allow_tf32: bool,
+    skip: Tensor | None = None,
 ) -> None:
     """One pass over the head: exponents around the anchors, their row sums, and maybe themselves.
 
     Args:
         head: The head, or a window of it that starts at `vocab_start`.
-        labels: [T] int64, contiguous, of the whole vocabulary.
+        labels: [T] int64, contiguous, of the whole vocabulary; negative where none counts.
         vocab_start: First vocabulary row of the window.
         anchor: [T] float32, contiguous.
         sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, contiguous;
@@ -277,8 +286,9 @@ def launch_exponents(
             softcap's slope, zero at the labels; None to store nothing.
         config: The tile.
         allow_tf32: Whether float32 products may round their operands to tf32.
+        skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
-    _launch(head, labels, vocab_start, anchor, sums, None, store, config, allow_tf32)
+    _launch(head, labels, vocab_start, anchor, sums, None, store, config, allow_tf32, skip)
 
 
 def launch_gradient(
@@ -314,6 +324,7 @@ def _launch(
     store: Tensor | None,
     config: TileConfig,
     allow_tf32: bool,
+    skip: Tensor | None = None,
 ) -> None:
     num_tokens, hidden_size = head.hidden.shape
     vocab_size = head.weight.shape[0]
@@ -338,7 +349,8 @@ def _launch(
         gamma,
         eta,
         entropy,
-        float(head.logit_scale),
+        skip,
+        None if head.logit_scale == 1.0 else float(head.logit_scale),
         None if head.softcap is None else float(head.softcap),
         num_tokens,
         vocab_size,

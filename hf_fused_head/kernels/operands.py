@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,22 @@ class Head(NamedTuple):
         return self.class_weight.float()
 
 
+class Attempt(NamedTuple):
+    """A call that begins before the host knows how many labels count.
+
+    The first product is launched on all rows and finds the verdict on the device; the host hears it
+    while that product runs, so no gap opens between the two.
+    """
+
+    labels: Tensor  # [T] int64, -1 where none counts, -2 where it is out of range
+    many_ignored: Tensor | None  # one int32 on the device: not 0 if the product must not run
+    goes_on: Callable[[], bool]  # the same for the host, which waits; raises for a wrong label
+
+
+class Abandoned(Exception):
+    """So many rows are ignored that the caller should leave them out and call again."""
+
+
 class RowSums(NamedTuple):
     """Sums over one vocabulary tile each, [tiles of V, T] float32; None where not asked for.
 
@@ -60,7 +77,7 @@ class RowSums(NamedTuple):
     """
 
     total: Tensor  # sum of exp(z - a) over j != y
-    entropy: Tensor | None  # sum of exp(z - a) (z - a) over j != y
+    entropy: Tensor | None  # sum of exp(z - a) (z - a - log(total)) over j != y
     smooth: Tensor | None  # sum of class_weight (z - a) over all j
     best: Tensor | None  # max of z over j != y
     target: Tensor | None  # [T]: z at y, of the same product as `best`
@@ -96,6 +113,10 @@ class RowWeights(NamedTuple):
     def rows(self, rows: slice) -> RowWeights:
         """The same vectors over some of the rows."""
         return RowWeights(*(None if t is None else t[rows] for t in self))
+
+    def without(self, ignored: Tensor) -> RowWeights:
+        """The same vectors, zero where `ignored`, [T] bool."""
+        return RowWeights(*(None if t is None else t.masked_fill(ignored, 0.0) for t in self))
 
 
 class RowOutputs(NamedTuple):

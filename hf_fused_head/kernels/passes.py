@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.operands import (
+    Abandoned,
+    Attempt,
     Head,
     RowGradient,
     RowOutputs,
@@ -33,10 +35,11 @@ class Call(NamedTuple):
     """The tensors of one call and how its kernels are tiled."""
 
     head: Head
-    labels: Tensor
+    labels: Tensor  # [T] int64; negative where none counts
     config: TileConfig
     allow_tf32: bool  # for float32 products
     sums_bytes: int  # the most memory that the row sums of a pass may take
+    attempt: Attempt | None = None  # until the host knows which labels count
 
     @property
     def num_tokens(self) -> int:
@@ -81,13 +84,16 @@ def statistics(
 ) -> Tensor:
     """One pass over the whole head that fills `outputs`, and `store` with the first exponents.
 
-    Returns the logits of the labels, [T] float32.
+    Returns the logits of the labels, [T] float32; infinity where none counts.
 
     Args:
-        call: The rows.
+        call: The rows. With an attempt the first product decides it.
         weights: Their objective, [T] each; None when no exponents are stored.
         outputs: Their outputs.
         store: [T or more, kept columns], whole tiles or the whole vocabulary; None to store none.
+
+    Raises:
+        Abandoned: If the attempt is off; nothing of the result is valid then.
     """
     num_tiles = cdiv(call.vocab_size, call.config.block_v)
     kinds = 1 + sum(t is not None for t in (outputs.smooth, outputs.entropy, outputs.correct))
@@ -102,6 +108,7 @@ def statistics(
             None if store is None else store[rows],
             num_tiles,
         )
+        call = call._replace(attempt=None)
     return anchor
 
 
@@ -129,7 +136,8 @@ def _row_statistics(
     )
     launch_anchor(head, labels, anchor)
     kept = 0 if store is None else store.shape[1]
-    run = (call.config, call.allow_tf32)
+    skip = None if call.attempt is None else call.attempt.many_ignored
+    run = (call.config, call.allow_tf32, skip)
     if store is not None:
         kept_sums = sums.tiles(slice(0, cdiv(kept, call.config.block_v)))
         launch_exponents(head.window(slice(0, kept)), labels, 0, anchor, kept_sums, store, *run)
@@ -137,6 +145,8 @@ def _row_statistics(
         rest_sums = sums.tiles(slice(kept // call.config.block_v, None))
         rest = head.window(slice(kept, None))
         launch_exponents(rest, labels, kept, anchor, rest_sums, None, *run)
+    if call.attempt is not None and not call.attempt.goes_on():
+        raise Abandoned
     class_total = None if outputs.smooth is None else call.class_total()
     launch_finish(head, labels, anchor, sums, class_total, weights, outputs, store, call.allow_tf32)
 
@@ -152,6 +162,9 @@ def chunk_gradients(
         weights: The objective.
         outputs: Written, `factor` among them.
         results: The gradients, written; None where nobody wants one.
+
+    Raises:
+        Abandoned: If the attempt is off; nothing of the results is valid then.
     """
     num_chunks = cdiv(call.num_tokens, chunk_tokens)
     # Chunks of one size rather than a short last one.
@@ -166,12 +179,13 @@ def chunk_gradients(
     for rows in chunks:
         part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
         statistics(part, part_weights, part_outputs, store)
+        call = call._replace(attempt=None)
         part_totals = totals.rows(rows)
         stored_gradients(
             part.head,
             store[: part.num_tokens + extra],
             _factor(part_outputs),
-            _gamma(call, part_weights.smooth),
+            _gamma(part, part_weights.smooth),
             part_totals,
             # The rows of dX are written last: until then they hold the scaled hidden states.
             part_totals.hidden,
@@ -199,6 +213,9 @@ def kept_gradients(
         weights: The objective.
         outputs: Written, `factor` among them if `kept`.
         results: The gradients, written; None where nobody wants one.
+
+    Raises:
+        Abandoned: If the attempt is off; nothing of the results is valid then.
     """
     extra = EXTRA_ROWS if kept and weights.smooth is not None else 0
     store = call.tile(call.num_tokens + extra, kept) if kept else None
@@ -217,8 +234,12 @@ def kept_gradients(
             accumulate=False,
         )
         del store
-    g_lse = torch.zeros_like(outputs.lse) if weights.z is None else 2 * weights.z * outputs.lse
-    rows = (outputs.nll, outputs.lse, None, rounding_of_lse(outputs, anchor))
+    # Where no label counts every exponent around this lse is zero, and so is every weight.
+    ignored = call.labels < 0
+    lse = outputs.lse.masked_fill(ignored, float("inf"))
+    weights = weights.without(ignored)
+    g_lse = torch.zeros_like(lse) if weights.z is None else 2 * weights.z * outputs.lse
+    rows = (outputs.nll, lse, None, rounding_of_lse(outputs, anchor))
     gradient = row_gradient(call, *rows, weights.nll, g_lse, weights.smooth, None)
     recomputed_gradients(call, gradient, kept, window, totals, results)
 
@@ -338,14 +359,15 @@ def rounding_of_lse(outputs: RowOutputs, anchor: Tensor) -> Tensor:
     swap = smaller.abs() > larger.abs()
     larger, smaller = torch.where(swap, smaller, larger), torch.where(swap, larger, smaller)
     # Subtracting the larger term first is exact.
-    return torch.exp(outputs.lse - larger - smaller)
+    return torch.exp(outputs.lse - larger - smaller).masked_fill_(anchor.isinf(), 0.0)
 
 
 def _gamma(call: Call, smooth_weight: Tensor | None) -> Tensor | None:
     """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
     if smooth_weight is None:
         return None
-    return smooth_weight * (call.head.logit_scale / call.vocab_size)
+    gamma = smooth_weight * (call.head.logit_scale / call.vocab_size)
+    return gamma.masked_fill_(call.labels < 0, 0.0)
 
 
 def _factor(outputs: RowOutputs) -> Tensor:

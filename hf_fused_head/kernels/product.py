@@ -67,12 +67,13 @@ def tanh(x):
 
 @triton.jit
 def logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap):
-    """Logits of an accumulated tile; `bias_ptr` and `softcap` may be None."""
+    """Logits of an accumulated tile; `bias_ptr`, `logit_scale` and `softcap` may be None."""
     logits = acc
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v, mask=offs_v < vocab_size, other=0.0).to(tl.float32)
         logits += bias[None, :]
-    logits *= logit_scale
+    if logit_scale is not None:
+        logits *= logit_scale
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     return logits

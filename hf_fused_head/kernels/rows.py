@@ -1,7 +1,8 @@
-"""Row by row: the logit of the label, scaling by a factor a row, and by one factor."""
+"""Row by row: which labels count, the logit of the label, scaling by a factor a row, or by one."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +10,32 @@ from torch import Tensor
 from hf_fused_head.kernels.operands import Head
 from hf_fused_head.kernels.product import tanh
 from hf_fused_head.kernels.tuning import cdiv, low_rank_block, power_of_2
+
+# Rows without a label that counts ride along while they are fewer than one in so many: leaving them
+# out costs a copy of the hidden states and, since the host has to know their number, a wait.
+_FEW = tl.constexpr(32)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "ignore_index", "vocab_size"])
+def _count_kernel(
+    labels_ptr, plain_ptr, counts_ptr, num_tokens, ignore_index, vocab_size, BLOCK_T: tl.constexpr
+):
+    """One program: labels that no kernel can read out of bounds with, and two counts."""
+    counted = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    wrong = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    for start in range(0, num_tokens, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < num_tokens
+        labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
+        inside = (labels >= 0) & (labels < vocab_size)
+        kept = mask_t & (labels != ignore_index)
+        counted += (kept & inside).to(tl.int32)
+        wrong += (kept & (inside == 0)).to(tl.int32)
+        plain = tl.where(kept, tl.where(inside, labels, -2), -1)
+        tl.store(plain_ptr + offs_t, plain, mask=mask_t)
+    tl.store(counts_ptr, tl.sum(wrong, 0))
+    ignored = num_tokens - tl.sum(counted, 0)
+    tl.store(counts_ptr + 1, (ignored > num_tokens // _FEW).to(tl.int32))
 
 
 @triton.jit
@@ -44,9 +71,15 @@ def _anchor_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Program t owns row t: writes the logit of its label, a dot product of H terms."""
+    """Program t owns row t: writes the logit of its label, a dot product of H terms.
+
+    Infinity where no label counts: every exponent of such a row is then exp(-inf), zero.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
+    if label < 0:
+        tl.store(anchor_ptr + row, float("inf"))
+        return
     logit = _dot(
         hidden_ptr + row * stride_hidden_t,
         weight_ptr + label * stride_weight_v,
@@ -106,12 +139,35 @@ def _multiply_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
         tl.store(values_ptr + offs, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
+def launch_count(labels: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Which labels count, without a word to the host.
+
+    Args:
+        labels: [T] int64, contiguous.
+        ignore_index: The label of rows that do not count.
+        vocab_size: Labels that count lie in `[0, vocab_size)`.
+
+    Returns:
+        plain: [T] int64: the labels that count, -1 for those that do not, -2 out of range.
+        counts: [2] int32: labels out of range; 1 if so many rows do not count that they should be
+            left out before any product, else 0.
+    """
+    plain = torch.empty_like(labels)
+    counts = torch.empty((2,), dtype=torch.int32, device=labels.device)
+    num_tokens = labels.shape[0]
+    block = min(8192, max(64, power_of_2(num_tokens)))
+    _count_kernel[(1,)](
+        labels, plain, counts, num_tokens, ignore_index, vocab_size, BLOCK_T=block, num_warps=16
+    )
+    return plain, counts
+
+
 def launch_anchor(head: Head, labels: Tensor, anchor: Tensor) -> None:
-    """Writes the logit of every row's label.
+    """Writes the logit of every row's label, infinity for a row without one.
 
     Args:
         head: See `Head`.
-        labels: [T] int64 in [0, V).
+        labels: [T] int64 in [0, V), negative where none counts.
         anchor: [T] float32, written.
     """
     low, low_weight = head.low, head.low_weight

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_fused_head.kernels.epilogue import level_of
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
 from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of, softcap_slope
 from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
@@ -17,7 +18,7 @@ _OVERFLOW = tl.constexpr(2.0**64)
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0, exact for small x: six terms of the series below 1/32."""
+    """log(1 + x) for x >= 0, to float32's digits: six terms of the series below 1/32."""
     tail = 0.2 - x * (1.0 / 6.0)
     series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * tail))))
     return tl.where(x < 0.03125, series, tl.log(1.0 + x))
@@ -50,19 +51,27 @@ def _finish_rows(
     """Writes what follows from a row's sums: statistics, gradient factor, stored label entry.
 
     With e_j = exp(z_j - anchor), S their sum over j != y and e_y the label's own: p_j = e_j / (S +
-    e_y). The gradient of the logits is `factor * stored`, where stored is e_j off the label.
+    e_y). The gradient of the logits is `factor * stored`, where stored is e_j off the label. All of
+    it is zero where no label counts; the loss of a label out of range is NaN.
     """
-    offset = label_logit - anchor
+    label = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
+    counts = label >= 0
+    absent = tl.where(label == -2, float("nan"), 0.0)
+    offset = tl.where(counts, label_logit - anchor, 0.0)
     exp_label = tl.exp2(offset * LOG2E)
-    whole = total + exp_label
+    # The entropy is the small difference of two of these: float64 is spent on rows only.
+    wide_total = total.to(tl.float64)
+    wide = wide_total + exp_label
     # Around its own label a row keeps the digits of a tiny loss; around its maximum it is large.
-    nll = tl.where(offset == 0.0, _log1p(total), tl.log(whole) - offset)
-    lse = label_logit + nll
+    wide_nll = tl.where(offset == 0.0, _log1p(wide_total), tl.log(wide) - offset)
+    nll = tl.where(counts, wide_nll, absent).to(tl.float32)
+    lse = tl.where(counts, label_logit + wide_nll, absent).to(tl.float32)
     tl.store(nll_ptr + offs_t, nll, mask=mask_t)
     tl.store(lse_ptr + offs_t, lse, mask=mask_t)
     if entropy_ptr is not None:
-        entropy = nll + offset - (entropy_sum + exp_label * offset) / whole
-        tl.store(entropy_ptr + offs_t, tl.maximum(entropy, 0.0), mask=mask_t)
+        mean = (entropy_sum + exp_label * offset) / wide
+        entropy = tl.where(counts, tl.maximum(wide_nll + offset - mean, 0.0), 0.0)
+        tl.store(entropy_ptr + offs_t, entropy.to(tl.float32), mask=mask_t)
     if factor_ptr is not None:
         beta = tl.load(nll_weight_ptr + offs_t, mask=mask_t, other=0.0)
         alpha = beta
@@ -74,15 +83,15 @@ def _finish_rows(
         # A row whose softmax terms cancel exactly would divide its label entry by zero.
         smallest = 1e-6 * tl.abs(beta)
         alpha = tl.where(tl.abs(alpha) < smallest, smallest, alpha)
-        tl.store(factor_ptr + offs_t, alpha * logit_scale / whole, mask=mask_t)
-        label = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
-        entry = (alpha - beta) * exp_label - beta * total
+        factor = tl.where(counts, alpha * logit_scale / wide.to(tl.float32), 0.0)
+        tl.store(factor_ptr + offs_t, factor, mask=mask_t)
+        entry = (alpha - beta) * exp_label - beta * total.to(tl.float32)
         entry = tl.where(alpha == 0.0, 0.0, entry / alpha)
         if softcap is not None:
             entry *= softcap_slope(label_logit, softcap)
         place = store_ptr + offs_t.to(tl.int64) * stride_store_t + label
         entry = entry.to(store_ptr.dtype.element_ty)
-        tl.store(place, entry, mask=mask_t & (label < stored_vocab))
+        tl.store(place, entry, mask=mask_t & counts & (label < stored_vocab))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab_size", "num_tiles_v", "stored_vocab"])
@@ -122,7 +131,8 @@ def _finish_kernel(
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
-    total = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
+    # Sums over hundreds of tiles: in float64 they lose nothing of what the tiles know.
+    total = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float64)
     entropy_sum = total
     smooth_sum = total
     best = tl.full((BLOCK_N, BLOCK_T), float("-inf"), dtype=tl.float32)
@@ -130,15 +140,18 @@ def _finish_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         place = offs_n.to(tl.int64)[:, None] * num_tokens + offs_t[None, :]
         mask = (offs_n < num_tiles_v)[:, None] & mask_t[None, :]
-        total += tl.load(total_ptr + place, mask=mask, other=0.0)
+        tile_total = tl.load(total_ptr + place, mask=mask, other=0.0)
+        total += tile_total
         if entropy_sum_ptr is not None:
-            entropy_sum += tl.load(entropy_sum_ptr + place, mask=mask, other=0.0)
+            level = level_of(tile_total).to(tl.float64) * tile_total
+            entropy_sum += level + tl.load(entropy_sum_ptr + place, mask=mask, other=0.0)
         if smooth_sum_ptr is not None:
             smooth_sum += tl.load(smooth_sum_ptr + place, mask=mask, other=0.0)
         if best_ptr is not None:
             tile_best = tl.load(best_ptr + place, mask=mask, other=float("-inf"))
             best = tl.maximum(best, tile_best)
     anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
+    counts = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) >= 0
     sums = tl.sum(total, 0)
     _finish_rows(
         offs_t,
@@ -169,10 +182,11 @@ def _finish_kernel(
         # The part of an overflowed row's loss is added by the kernel that makes its loss.
         nll = tl.where(overflowed, 0.0, _log1p(sums))
         smooth = (tl.load(class_total_ptr) * nll - tl.sum(smooth_sum, 0)) / vocab_size
-        tl.store(smooth_ptr + offs_t, smooth, mask=mask_t)
+        tl.store(smooth_ptr + offs_t, tl.where(counts, smooth, 0.0).to(tl.float32), mask=mask_t)
     if correct_ptr is not None:
-        target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0)
-        tl.store(correct_ptr + offs_t, tl.max(best, 0) <= target_logit, mask=mask_t)
+        target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t & counts, other=float("-inf"))
+        correct = counts & (tl.max(best, 0) <= target_logit)
+        tl.store(correct_ptr + offs_t, correct, mask=mask_t)
 
 
 @triton.jit
@@ -406,7 +420,7 @@ def launch_finish(
 
     Args:
         head: The whole vocabulary.
-        labels: [T] int64.
+        labels: [T] int64, negative where none counts.
         anchor: [T] float32 from `launch_anchor`.
         sums: Row sums of every vocabulary tile.
         class_total: [1] float32, sum of the class weights, or V; needed with smoothing only.
