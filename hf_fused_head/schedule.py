@@ -26,6 +26,10 @@ _RAISE = 1.1
 # What one more chunk or window costs, in tokens or columns of a pass (measured: two Zen 3 cores,
 # 2048x576x49152 float32; one H100, 8192x4096x128256 bfloat16).
 _RESTART = {"cpu": 50, "cuda": 128}
+# What one more chunk costs beyond that where the head's gradient is summed in float32, in tokens of
+# one pass: reading and writing the sum (measured on one H100: 590 at 8192x4096x128256, 970 at
+# 16384x1024x151936).
+_ACCUMULATE = {"cuda": 600}
 # Where products take float32 only, every chunk converts the weights to it twice.
 _CONVERT = 100
 
@@ -228,8 +232,12 @@ class _Step:
             fitting = [entry for entry in tiles if entry[0] <= smallest]
         costs = [self.cost(name, tile) for _, tile in fitting]
         limit = _SLACK * min(costs)
-        cheap = [entry for entry, cost in zip(fitting, costs, strict=True) if cost <= limit]
-        workspace, tile = min(cheap)
+        cheap = [
+            (workspace, cost, tile)
+            for (workspace, tile), cost in zip(fitting, costs, strict=True)
+            if cost <= limit
+        ]
+        workspace, _, tile = min(cheap)
         return self.schedule(name, tile, workspace)
 
     def tiles(self, name: str) -> Iterator[_Tile]:
@@ -303,7 +311,11 @@ class _Step:
         converts = self.item != self.acc and self.device_type == "cpu"
         if name == "gradient_in_forward" and converts and window < self.vocab_size:
             overhead += _CONVERT / chunk
-        return self.passes(name, kept) * (1 + overhead)
+        cost = self.passes(name, kept) * (1 + overhead)
+        if name == "gradient_in_forward" and self.grad_weight and chunk < self.num_tokens:
+            share = self.grad_columns / self.hidden_size
+            cost += _ACCUMULATE.get(self.device_type, 0) * share / chunk
+        return cost
 
     def rank(self, schedule: Schedule) -> tuple[bool, float]:
         """Orders schedules: by cost those within the budget, then by size those that are not."""

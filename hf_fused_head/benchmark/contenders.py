@@ -209,8 +209,10 @@ def _quack_loss(batch: Batch) -> Loss:
     if len(batch.weight) % 128:
         raise Unavailable(f"needs a vocabulary that 128 divides, got {len(batch.weight)}")
     function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    # Its default, 4096 tokens, where 0.6.5 can tell them from the hidden size; else twice as many.
+    chunk_size = 4096 if batch.hidden.shape[1] != 4096 else 8192
     return lambda hidden, weight, labels: function(
-        hidden, weight, labels, ignore_index=IGNORE_INDEX
+        hidden, weight, labels, chunk_size=chunk_size, ignore_index=IGNORE_INDEX
     )
 
 
