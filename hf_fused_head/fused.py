@@ -127,7 +127,7 @@ def forward_backward(
     smooth = smooth_weight is not None
     # With both, or with float16's range, the gradient is no row factor times a stored tile.
     windows = (smooth and operands.softcap is not None) or call.head.hidden.dtype == torch.float16
-    schedule = _plan(call, needs, budget_bytes, per_token=windows)
+    schedule = _plan(call, needs, budget_bytes, windows, smooth)
     whole_rows = schedule.name == "gradient_in_forward"
     kept = round(schedule.kept_share * call.vocab_size) // passes.MULTIPLE * passes.MULTIPLE
     factor = whole_rows or kept > 0
@@ -159,7 +159,7 @@ def backward(
     call = _call(operands, labels)
     grads = _empty_grads(operands, needs, widen_half=False)
     results = _named(call, grads, needs)
-    schedule = _plan(call, needs, budget_bytes, per_token=True)
+    schedule = _plan(call, needs, budget_bytes, per_token=True, smoothing=False)
     rows = (stats.nll, stats.lse, stats.entropy, stats.correction)
     optional = [_contiguous(g) for g in (g_smooth, g_entropy)]
     with _on_device(labels.device):
@@ -241,7 +241,9 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _plan(call: passes.Call, needs: Needs, budget_bytes: int, per_token: bool) -> Schedule:
+def _plan(
+    call: passes.Call, needs: Needs, budget_bytes: int, per_token: bool, smoothing: bool
+) -> Schedule:
     sizes = [hidden.shape[1] for hidden, _ in call.head.pairs()]
     return plan(
         num_tokens=_rounded(call.num_tokens),
@@ -254,6 +256,7 @@ def _plan(call: passes.Call, needs: Needs, budget_bytes: int, per_token: bool) -
         grad_weight=needs.bias or any(needs.weights),
         per_token=per_token,
         memory_budget_mib=budget_bytes / 2**20,
+        smoothing=smoothing,
         grad_columns=sum(size for size, need in zip(sizes, needs.weights, strict=True) if need),
     )
 

@@ -103,6 +103,7 @@ def plan(
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
+    smoothing: bool = False,
 ) -> Schedule:
     """The schedule that an engine follows.
 
@@ -120,6 +121,7 @@ def plan(
             step is taken and `fits` is False.
         grad_columns: Columns of the head that need a gradient, where that is not all of them.
         scratch_blocks: What "torch" needs beside a tile: a block for a softcap, one for entropies.
+        smoothing: Whether the gradients of a scalar loss have the rank-one term of smoothing.
     """
     candidates = schedules(
         num_tokens=num_tokens,
@@ -134,6 +136,7 @@ def plan(
         memory_budget_mib=memory_budget_mib,
         grad_columns=grad_columns,
         scratch_blocks=scratch_blocks,
+        smoothing=smoothing,
     )
     return candidates[0]
 
@@ -152,6 +155,7 @@ def schedules(
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
+    smoothing: bool = False,
 ) -> list[Schedule]:
     """Every way to run, the one that `plan` takes first; arguments as there."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
@@ -167,6 +171,7 @@ def schedules(
         grad_columns=(hidden_size if grad_columns is None else grad_columns) if grad_weight else 0,
         grad_weight=grad_weight,
         scratch_blocks=scratch_blocks,
+        smoothing=smoothing,
         widened=dtype == torch.float16 and not per_token,
         budget=int(mib * 2**20),
     )
@@ -218,6 +223,7 @@ class _Step:
     grad_weight: bool
     grad_columns: int
     scratch_blocks: int
+    smoothing: bool
     widened: bool
     budget: int
     asked: int | None = None  # the budget before it was raised
@@ -372,8 +378,10 @@ class _Step:
         rows = self.num_tokens * _ROW_BYTES
         if name == "loss_only":
             return sums + rows
-        # Scaled hidden states borrow the memory of their gradient, where there is one.
-        scaled = 0 if self.grad_hidden else chunk * self.hidden_size * self.item
+        # Scaled hidden states borrow the memory of their gradient, where there is one; not with the
+        # rows that smoothing appends to them.
+        borrowed = self.grad_hidden and not self.smoothing
+        scaled = 0 if borrowed else chunk * self.hidden_size * self.item
         if name == "gradient_in_forward":
             several = chunk < self.num_tokens
             weight = self.weight_sum(self.vocab_size if several else 0, name)

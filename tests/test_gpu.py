@@ -60,11 +60,15 @@ def plain_head(hidden: Tensor, weight: Tensor) -> Operands:
     return Operands([hidden], [weight], None, None, 1.0, None)
 
 
-def mean_gradients(operands: Operands, labels: Tensor, budget_mib: float = 4096):
+def mean_gradients(
+    operands: Operands, labels: Tensor, budget_mib: float = 4096, smoothing: bool = False
+):
     """Statistics, and the gradients of hidden states and weight, of the mean loss."""
     nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device)
     rest = (all_needs(operands), int(budget_mib * 2**20), False, False)
-    stats, grads = fused.forward_backward(operands, labels, nll_weight, None, None, *rest)
+    smooth_weight = 0.1 * nll_weight if smoothing else None
+    weights = (nll_weight, smooth_weight, None)
+    stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
     return stats, grads[:2]
 
 
@@ -198,15 +202,16 @@ def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
     assert relative_error(grads[1], small[1]) <= torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize("budget_mib", [64, 128, 512])
-def test_memory_stays_within_the_plan(budget_mib):
+def test_memory_stays_within_the_plan(budget_mib, smoothing):
     hidden, weight, labels = trained_head(4096, 1024, 32_000)
     operands = plain_head(hidden, weight)
-    mean_gradients(operands, labels, budget_mib)
+    mean_gradients(operands, labels, budget_mib, smoothing)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = mean_gradients(operands, labels, budget_mib)
+    kept = mean_gradients(operands, labels, budget_mib, smoothing)
     peak = torch.cuda.max_memory_allocated() - before
     schedule = plan(
         num_tokens=4096,
@@ -218,6 +223,7 @@ def test_memory_stays_within_the_plan(budget_mib):
         grad_hidden=True,
         grad_weight=True,
         memory_budget_mib=budget_mib,
+        smoothing=smoothing,
     )
     assert peak <= schedule.workspace_bytes + schedule.gradient_bytes + 2**21
     del kept
