@@ -70,6 +70,7 @@ class Call:
         self.replica = replica
         self.head_has_run = False
         self.handed_back = False
+        self.delegated = False
         self.vocab_size = 0
         self.loss: Tensor | None = None
         self.source: LogitsSource | None = None
@@ -86,11 +87,15 @@ class Call:
                 del calls[key]
             else:
                 calls[key] = outer
-        if not self.handed_back:
+        if not (self.handed_back or self.delegated):
             raise UnsupportedModelError(
                 "the model's forward must compute its loss with `self.loss_function`, got a loss "
                 "from elsewhere: leave this model stock (remove_patch)"
             )
+        if outer is not None:
+            # A wrapper of the forward, itself inside ours, has left the loss to ours.
+            outer.delegated = True
+        self.state.ran = True
         return self._settled(output)
 
     def answer(self, kind: str, stock_forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

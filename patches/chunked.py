@@ -83,7 +83,7 @@ def _run_chunks(
         return [chunk]
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
     first = _Chunk.run(head_forward, flat[rows[:1]], labels[rows[:1]], settings)
-    size = _chunk_tokens(first.vocab_size, settings.memory_budget_mib)
+    size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
     rest = rows[1:].split(size) if rows.numel() > 1 else ()
     return [first, *(_Chunk.run(head_forward, flat[p], labels[p], settings) for p in rest)]
 
@@ -157,9 +157,20 @@ def _call(function: Callable[..., tuple[Tensor, ...]], *args: object, use_reentr
     return function(*args)
 
 
-def _chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
+def chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
+    """How many tokens are run at a time."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
     return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
+
+
+def describe(num_tokens: int, vocab_size: int, memory_budget_mib: float | None) -> str:
+    """How so many tokens are run, for people."""
+    tokens = min(num_tokens, chunk_tokens(vocab_size, memory_budget_mib))
+    mib = tokens * vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
+    return (
+        f"chunks of {tokens} tokens, their logits made again in the backward, workspace "
+        f"{mib:,.1f} MiB"
+    )
 
 
 def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> None:
