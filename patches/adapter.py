@@ -269,7 +269,7 @@ def fused_model_class(base: type) -> type:
         return stock_loss_function(self) if call is None else call.hand_back
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        base.__setattr__(self, name, value)
+        cast(Any, base).__setattr__(self, name, value)
         # Whoever puts a forward on the instance, after the patch, shadows ours.
         if name == "forward" and STATE in self.__dict__:
             neighbours.compose(self, _run)
