@@ -54,6 +54,10 @@ def apply_patch(
     `model(..., labels=labels)` then returns the stock loss and the stock gradients. Without labels
     the forward is the stock one. Called again, it takes the new options.
 
+    Every pass with labels is held to a loss out of the head, whatever is done to the model later:
+    another head is taken over, a forward that somebody puts on the instance or the class runs
+    inside ours, and where the loss then comes from elsewhere `strict` decides.
+
     Args:
         model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.
         impl: "auto", "triton", "torch" or "reference".
@@ -61,7 +65,8 @@ def apply_patch(
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         z_loss: Factor on the squared log-sum-exp of each token that counts.
         stats: Which of "accuracy" and "entropy" `last_stats` shall tell of every forward.
-        strict: Raise if the model cannot be fused; False warns once and leaves it stock.
+        strict: Raise if the model cannot be fused, now or in a later pass; False warns once and
+            leaves it stock. `FusedHeadTrainer` checks every step as well.
 
     Returns:
         The same object.
