@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,7 @@ def has_device_hook(module: nn.Module) -> bool:
     if "_hf_hook" not in attributes or "_old_forward" not in attributes:
         return False
     forward = attributes.get("forward")
-    return _module_of(getattr(forward, "func", forward)).split(".")[0] == "accelerate"
+    return isinstance(forward, functools.partial) and _module_of(forward) == "accelerate.hooks"
 
 
 def compose(model: nn.Module, run: Callable[..., Any]) -> None:
@@ -183,6 +184,8 @@ def _chain(forward: Any) -> list[Any]:
 
 
 def _module_of(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        return _module_of(function.func)
     # Wrapped callables copy the module name of what they wrap, so their own class counts too.
     own = getattr(function, "__code__", None)
     if own is not None:

@@ -176,7 +176,8 @@ def _sharding(weight: Any) -> str:
 
 
 def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
-    if state.last is not None and state.last.kind == MODULE:
+    kind = kind_of(_stock_class(head)) if state.last is None else state.last.kind
+    if kind == MODULE:
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"

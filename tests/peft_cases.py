@@ -100,6 +100,12 @@ def merged(model: Any) -> Any:
     return model
 
 
+def merged_dora(model: Any) -> Any:
+    model = filled(lora(use_dora=True)(model))
+    model.merge_adapter()
+    return model
+
+
 def merged_then_disabled(model: Any) -> Any:
     model = merged(model)
     model.disable_adapter_layers()
@@ -193,7 +199,7 @@ CASES: dict[str, PeftCase] = {
     # Layers that know themselves what they do: their own forward, on chunks of tokens.
     "dora": _head(lora(use_dora=True), "LoRA"),
     "lora and dora": _head(low_rank_and_dora, "LoRA"),
-    "mica": _head(lora(init_lora_weights="mica"), "LoRA"),
+    "dora, merged": _head(merged_dora, **_LOW_RANK),
     "ia3": _head(tuner("IA3", target_modules=HEAD, feedforward_modules=[]), "ia3.Linear"),
     "ia3, inputs": _head(tuner("IA3", target_modules=HEAD, feedforward_modules=HEAD), "ia3.Linear"),
     "parameters": _head(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate import dispatch_model
+from accelerate import Accelerator, dispatch_model
 from causal_loss import causal_loss
 from oracle import assert_close_as_torch
 from peft import LoraConfig, get_peft_model
@@ -137,6 +137,25 @@ def test_a_device_map_over_two_devices(head: str, patch_first: bool, tmp_path: P
     assert isinstance(output.logits, DeferredLogits)
     assert torch.equal(output.logits, expected.logits)
     assert patch_report(model).fused
+
+
+@pytest.mark.parametrize("patch_at", [0, 1, 2])
+def test_mixed_precision_over_device_hooks(patch_at: int) -> None:
+    stock, model = untied(), untied()
+    steps = [
+        lambda m: dispatch_model(m, {"": "cpu"}, main_device="cpu", force_hooks=True),
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model,
+    ]
+    for step in steps:
+        stock = step(stock)
+    for step in (*steps[:patch_at], apply_patch, *steps[patch_at:]):
+        model = step(model)
+    inputs = batch(untied())
+    output, expected = model(**inputs), stock(**inputs)
+    assert isinstance(output.logits, DeferredLogits) and patch_report(model).fused
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
+    remove_patch(model)
+    assert torch.equal(model(**inputs).loss, expected.loss)
 
 
 def test_data_parallel_without_a_second_device_is_the_model() -> None:

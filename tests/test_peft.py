@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,33 @@ def test_adapters_switched_after_patching_are_followed() -> None:
     assert len(losses) == 4
     with pytest.raises(RuntimeError, match="switched since"):
         output.logits.sum()
+
+
+def test_adapters_that_come_and_go_after_patching_are_followed() -> None:
+    stock = wrapped(lora(), build("llama", tie_word_embeddings=False))
+    fused, losses = apply_patch(copy.deepcopy(stock)), set()
+    inputs = batch(stock)
+
+    def check(step: Callable[[Any], Any]) -> None:
+        for model in (stock, fused):
+            torch.manual_seed(2)
+            step(model)
+        assert_trains_like(fused, stock, inputs)
+        assert patch_report(fused).fused
+        losses.add(fused(**inputs).loss.item())
+
+    second = LoraConfig(r=3, target_modules=HEAD, init_lora_weights=False)
+    names = ["default", "second"]
+    check(lambda model: model.add_adapter("second", second))
+    check(lambda model: model.set_adapter("second"))
+    check(lambda model: model.add_weighted_adapter(names, [0.3, 0.7], "both", "cat"))
+    check(lambda model: model.set_adapter("both"))
+    check(lambda model: model.delete_adapter("second"))
+    check(lambda model: model.set_adapter("default"))
+    check(lambda model: model.get_base_model().lm_head.set_scale("default", 3.0))
+    assert len(losses) == 4
+    with torch.no_grad():
+        assert torch.equal(fused(**inputs).logits, stock(**inputs).logits)
 
 
 def test_the_copy_that_modules_to_save_has_chosen_is_trained() -> None:
