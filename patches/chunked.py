@@ -26,6 +26,11 @@ from .settings import LossSettings
 _COPIES_OF_A_CHUNK = 4
 _FLOAT_BYTES = 4
 
+# Products of float32 have no more digits where TF32 is switched on.
+_TF32_EPS = 2.0**-11
+# They may take the scale of their activations from all rows.
+_NOISE_OF_QUANTISED_LAYERS = 0.05
+
 HeadForward = Callable[[Tensor], Tensor]
 
 # Layers that average over tokens. A new adapter is zero, so that a first forward cannot show it.
@@ -212,13 +217,12 @@ def _allowed_difference(head: nn.Module, hidden: Tensor, logits: Tensor) -> Tens
     scale = logits.double().abs().max()
     tensors = [hidden, logits, *head.parameters()]
     if any(type(t) not in (Tensor, nn.Parameter) or not t.is_floating_point() for t in tensors):
-        # Quantised layers may take the scale of their activations from all rows.
-        return 0.05 * scale
+        return _NOISE_OF_QUANTISED_LAYERS * scale
     dtypes = {t.dtype for t in tensors}
     if torch.is_autocast_enabled(hidden.device.type):
         dtypes.add(torch.get_autocast_dtype(hidden.device.type))
-    # Products of float32 have the ten bits of TF32 where that is switched on.
-    return 4 * max(2.0**-11, *(torch.finfo(dtype).eps for dtype in dtypes)) * scale
+    rounding = max(_TF32_EPS, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return min(8 * rounding, _NOISE_OF_QUANTISED_LAYERS) * scale
 
 
 @contextlib.contextmanager

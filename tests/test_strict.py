@@ -251,6 +251,42 @@ def test_compiled_passes_are_seen(fresh_compiler: None) -> None:
         model(input_ids=inputs["input_ids"])
 
 
+def on_the_instance(model: Any) -> None:
+    put(model, own_loss)
+
+
+def on_the_class(model: Any) -> None:
+    type(model).__mro__[1].forward = own_loss
+
+
+def on_the_head(model: Any) -> None:
+    weight = model.lm_head.weight
+    model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, weight)
+
+
+def in_place_of_the_head(model: Any) -> None:
+    model.lm_head = nn.Linear(16, 101)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change", [on_the_instance, on_the_class, on_the_head, in_place_of_the_head]
+)
+def test_what_is_changed_after_compilation_is_an_error(
+    change: Callable[[Any], None], fresh_compiler: None
+) -> None:
+    class LlamaForCausalLM(Llama):
+        pass
+
+    fused = apply_patch(LlamaForCausalLM(build("llama", num_hidden_layers=1).config))
+    model = torch.compile(fused, fullgraph=True, backend="eager")
+    model(**batch(fused))
+    change(fused)
+    # The compiler reports the error as its own, with ours inside.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="UnsupportedModelError"):
+        model(**batch(fused))
+
+
 def test_the_report_after_a_step_tells_schedule_and_bytes() -> None:
     for head, words in ((plain, "workspace"), (nn.Sequential, "chunks of 22 tokens")):
         model = build("llama", tie_word_embeddings=False)
