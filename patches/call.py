@@ -113,10 +113,9 @@ class Call:
             )
         hidden = args[0]
         target = self._target(hidden)
-        base = type(self.head)
-        verify = base not in self.state.rowwise_heads
+        verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
         result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
-        self._note(base, hidden, target, result)
+        self._note(hidden, target, result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
         self.loss = result.stats.loss
@@ -163,7 +162,11 @@ class Call:
             options.stats,
         )
 
-    def _note(self, base: type, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
+    def _head_type(self) -> tuple[type, ...]:
+        """What the head is made of; adapters may be put on later."""
+        return tuple(type(module) for module in self.head.modules())
+
+    def _note(self, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
         if state.options.stats:
@@ -173,7 +176,7 @@ class Call:
             state.stats = (loss, *result.stats[1:])
         if torch.compiler.is_compiling():
             return
-        state.rowwise_heads.add(base)
+        state.rowwise.add(self._head_type())
         state.last = LastForward(
             target.numel(),
             hidden.shape[-1],

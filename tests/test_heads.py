@@ -120,6 +120,14 @@ def test_a_head_that_is_no_map_of_tokens_is_refused(make: Callable, reason: str)
     assert not patch_report(model).fused
 
 
+def test_a_head_that_mixes_tokens_later_is_refused() -> None:
+    model = apply_patch(with_head(nn.Sequential))
+    model(**batch(model))
+    model.lm_head = nn.Sequential(Averaging(model.lm_head[0]))
+    with pytest.raises(UnsupportedModelError, match="other tokens"):
+        model(**batch(model))
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.1},
