@@ -9,6 +9,7 @@ stock code that sees a model whose loss happens to be cheap.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_fused_head.patches import apply_patch, last_stats, patch_report
+from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
 
 if TYPE_CHECKING:
     from hf_fused_head.functional import LossStats
@@ -42,6 +43,9 @@ class FusedHeadTrainer(Trainer):
 
     Steps that need logits get them from the stock head and say so once: those with
     `compute_metrics` or `predict()`, and all of them with `compute_loss_func`.
+
+    A step whose loss did not come from the head, whatever has been done to the model since, is an
+    error, unless `head_options` has strict=False.
 
     Args:
         model: As for the Trainer; patched in place. What `model_init` returns is patched too.
@@ -107,7 +111,9 @@ class FusedHeadTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """The stock step; sums of its token statistics stay on the device until they are logged."""
         has_labels = self._loss_is_from_head(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        strict = has_labels and self.head_options.get("strict", True)
+        with require_fused(model) if strict else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if has_labels:
             self._train_sums.add(self._last_stats(model))
         return loss

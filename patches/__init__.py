@@ -12,7 +12,7 @@ if __name__ != "hf_fused_head.patches":
 from .adapter import apply_patch, last_stats, patched, remove_patch
 from .errors import UnsupportedModelError
 from .registry import SupportRow, supported_models
-from .report import PatchReport, patch_report
+from .report import PatchReport, patch_report, require_fused
 
 __all__ = [
     "PatchReport",
@@ -23,5 +23,6 @@ __all__ = [
     "patch_report",
     "patched",
     "remove_patch",
+    "require_fused",
     "supported_models",
 ]

@@ -54,6 +54,10 @@ def apply_patch(
     `model(..., labels=labels)` then returns the stock loss and the stock gradients. Without labels
     the forward is the stock one. Called again, it takes the new options.
 
+    Every pass with labels is held to a loss out of the head, whatever is done to the model later:
+    another head is taken over, a forward that somebody puts on the instance or the class runs
+    inside ours, and where the loss then comes from elsewhere `strict` decides.
+
     Args:
         model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.
         impl: "auto", "triton", "torch" or "reference".
@@ -61,7 +65,8 @@ def apply_patch(
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         z_loss: Factor on the squared log-sum-exp of each token that counts.
         stats: Which of "accuracy" and "entropy" `last_stats` shall tell of every forward.
-        strict: Raise if the model cannot be fused; False warns once and leaves it stock.
+        strict: Raise if the model cannot be fused, now or in a later pass; False warns once and
+            leaves it stock. `FusedHeadTrainer` checks every step as well.
 
     Returns:
         The same object.
@@ -238,7 +243,8 @@ def _head_of(model: Any) -> nn.Module:
 
 def _adopt(head: nn.Module, state: PatchState) -> None:
     """Makes `head` answer the calls of `state`."""
-    if head.__dict__.get(STATE) is state and swap.swapped_class(type(head)) is not None:
+    adopted = head.__dict__.get(STATE) is state and swap.swapped_class(type(head)) is not None
+    if adopted and (torch.compiler.is_compiling() or "forward" not in head.__dict__):
         return
     if torch.compiler.is_compiling():
         raise UnsupportedModelError(
@@ -267,9 +273,16 @@ def fused_model_class(base: type) -> type:
         call = None if state is None else state.current()
         return stock_loss_function(self) if call is None else call.hand_back
 
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        cast(Any, base).__setattr__(self, name, value)
+        # Whoever puts a forward on the instance, after the patch, shadows ours.
+        if name == "forward" and STATE in self.__dict__:
+            neighbours.compose(self, _run)
+
     namespace = {
         "forward": swap.method_like(base.forward, forward),
         "loss_function": property(loss_function, base.loss_function.fset),
+        "__setattr__": set_attribute,
         "_fused_labels": _positions(base.forward),
         "_fused_maker": fused_model_class,
     }
@@ -362,10 +375,15 @@ def _adopt_model(model: Any, state: PatchState) -> None:
 
 
 def _open(model: Any, state: PatchState, arguments: LossArguments) -> Call:
+    rival = None if torch.compiler.is_compiling() else neighbours.rival_of(model)
+    if rival is not None:
+        raise UnsupportedModelError(f"this model cannot be fused any more: {rival}")
     head = _head_of(model)
     _adopt(head, state)
     neighbours.refuse_backward_hooks(head)
-    loss_function = model.loss_function
+    outer = state.current()
+    # Inside a call, of a wrapper around this forward, the property gives what hands its loss back.
+    loss_function = model.loss_function if outer is None else outer.loss_function
     if not causal_convention(loss_function):
         spelled = getattr(loss_function, "__qualname__", repr(loss_function))
         raise UnsupportedModelError(

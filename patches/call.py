@@ -70,6 +70,7 @@ class Call:
         self.replica = replica
         self.head_has_run = False
         self.handed_back = False
+        self.delegated = False
         self.vocab_size = 0
         self.loss: Tensor | None = None
         self.source: LogitsSource | None = None
@@ -86,11 +87,15 @@ class Call:
                 del calls[key]
             else:
                 calls[key] = outer
-        if not self.handed_back:
+        if not (self.handed_back or self.delegated):
             raise UnsupportedModelError(
                 "the model's forward must compute its loss with `self.loss_function`, got a loss "
                 "from elsewhere: leave this model stock (remove_patch)"
             )
+        if outer is not None:
+            # A wrapper of the forward, itself inside ours, has left the loss to ours.
+            outer.delegated = True
+        self.state.ran = True
         return self._settled(output)
 
     def answer(self, kind: str, stock_forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -108,10 +113,9 @@ class Call:
             )
         hidden = args[0]
         target = self._target(hidden)
-        base = type(self.head)
-        verify = base not in self.state.rowwise_heads
+        verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
         result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
-        self._note(base, hidden, target, result)
+        self._note(hidden, target, result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
         self.loss = result.stats.loss
@@ -158,7 +162,11 @@ class Call:
             options.stats,
         )
 
-    def _note(self, base: type, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
+    def _head_type(self) -> tuple[type, ...]:
+        """What the head is made of; adapters may be put on later."""
+        return tuple(type(module) for module in self.head.modules())
+
+    def _note(self, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
         if state.options.stats:
@@ -168,7 +176,7 @@ class Call:
             state.stats = (loss, *result.stats[1:])
         if torch.compiler.is_compiling():
             return
-        state.rowwise_heads.add(base)
+        state.rowwise.add(self._head_type())
         state.last = LastForward(
             target.numel(),
             hidden.shape[-1],

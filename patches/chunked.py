@@ -26,7 +26,15 @@ from .settings import LossSettings
 _COPIES_OF_A_CHUNK = 4
 _FLOAT_BYTES = 4
 
+# Products of float32 have no more digits where TF32 is switched on.
+_TF32_EPS = 2.0**-11
+# They may take the scale of their activations from all rows.
+_NOISE_OF_QUANTISED_LAYERS = 0.05
+
 HeadForward = Callable[[Tensor], Tensor]
+
+# Layers that average over tokens. A new adapter is zero, so that a first forward cannot show it.
+_MIXERS = {("peft.tuners.lily.layer", "Linear"): "PEFT's Lily, whose router averages over tokens"}
 
 
 def chunked_cross_entropy(
@@ -80,7 +88,7 @@ def _run_chunks(
         return [chunk]
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
     first = _Chunk.run(head_forward, flat[rows[:1]], labels[rows[:1]], settings)
-    size = _chunk_tokens(first.vocab_size, settings.memory_budget_mib)
+    size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
     rest = rows[1:].split(size) if rows.numel() > 1 else ()
     return [first, *(_Chunk.run(head_forward, flat[p], labels[p], settings) for p in rest)]
 
@@ -154,13 +162,24 @@ def _call(function: Callable[..., tuple[Tensor, ...]], *args: object, use_reentr
     return function(*args)
 
 
-def _chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
+def chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
+    """How many tokens are run at a time."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
     return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
 
 
+def describe(num_tokens: int, vocab_size: int, memory_budget_mib: float | None) -> str:
+    """How so many tokens are run, for people."""
+    tokens = min(num_tokens, chunk_tokens(vocab_size, memory_budget_mib))
+    mib = tokens * vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
+    return (
+        f"chunks of {tokens} tokens, their logits made again in the backward, workspace "
+        f"{mib:,.1f} MiB"
+    )
+
+
 def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> None:
-    """Refuses a head that mixes tokens, seen by running one row alone and beside another.
+    """Refuses a head that mixes tokens, by name or seen by running one row alone and with another.
 
     Args:
         head: The module; its dropouts are off meanwhile.
@@ -170,6 +189,10 @@ def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> No
     Raises:
         UnsupportedModelError: If the first row's logits change with the second row's presence.
     """
+    for module in head.modules():
+        for cls in type(module).__mro__:
+            if (cls.__module__, cls.__qualname__) in _MIXERS:
+                raise _mixes_tokens(_MIXERS[cls.__module__, cls.__qualname__])
     rows = hidden.reshape(-1, hidden.shape[-1])[:2]
     cuda = [rows.device] if rows.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(cuda), _without_dropout(head):
@@ -178,13 +201,28 @@ def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> No
     if not same_shape or not torch.equal(alone, again):
         return  # No map of tokens, which the chunks will tell, or random by means of its own.
     difference = (together[:1].double() - alone.double()).abs().max()
-    scale = alone.double().abs().max()
-    # Another batch size may pick another kernel: its rounding is allowed, a mixture is not.
-    if difference > 0.05 * scale:
-        raise UnsupportedModelError(
-            "the head's logits of a token must not depend on other tokens, got a module that "
-            "mixes them: leave this model stock (remove_patch)"
-        )
+    if difference > _allowed_difference(head, rows, alone):
+        raise _mixes_tokens("a module that mixes them")
+
+
+def _mixes_tokens(culprit: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the head's logits of a token must not depend on other tokens, got {culprit}: keep it off "
+        "the head or leave this model stock (remove_patch)"
+    )
+
+
+def _allowed_difference(head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
+    """What another batch size may change, since it may pick another kernel."""
+    scale = logits.double().abs().max()
+    tensors = [hidden, logits, *head.parameters()]
+    if any(type(t) not in (Tensor, nn.Parameter) or not t.is_floating_point() for t in tensors):
+        return _NOISE_OF_QUANTISED_LAYERS * scale
+    dtypes = {t.dtype for t in tensors}
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtypes.add(torch.get_autocast_dtype(hidden.device.type))
+    rounding = max(_TF32_EPS, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return min(8 * rounding, _NOISE_OF_QUANTISED_LAYERS) * scale
 
 
 @contextlib.contextmanager

@@ -169,13 +169,14 @@ def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:
     if operands is None or head.disable_adapters or head.merged:
         return operands
     pairs, bias = operands
+    adapted = hidden
     for name in head.active_adapters:
         if name not in head.lora_A:
             continue
         second = head.lora_B[name]
         if name in head.lora_variant or base_kind_of(second) != LINEAR or _is_watched(second):
             return None
-        adapted = head._cast_input_dtype(hidden, head.lora_A[name].weight.dtype)
+        adapted = head._cast_input_dtype(adapted, head.lora_A[name].weight.dtype)
         scaling = head.scaling[name]
         low_rank = head.lora_A[name](head.lora_dropout[name](adapted)) * scaling
         # PEFT keeps adapters in float32 beside a half precision base and rounds their sum to the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
-from .swap import STATE, is_bound_forward
+from .swap import STATE, is_bound_forward, swapped_class
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
+# A package counts with those whose names go on from its own: unsloth_compiled_module_llama.
 _RIVALS = {
     "liger_kernel": "load the model without use_liger_kernel and apply_liger_kernel_to_*",
     "cut_cross_entropy": "leave out cce_patch",
     "unsloth": "load the model with transformers instead of FastLanguageModel",
-    "unsloth_zoo": "load the model with transformers instead of FastLanguageModel",
     "trl": "leave out the trainer's own chunked or Liger loss",
     "axolotl": "leave out the cut_cross_entropy plugin",
 }
@@ -26,11 +27,11 @@ _MAX_WRAPPERS = 100
 
 
 class ComposedForward:
-    """A forward that was on the instance before the patch, inside ours.
+    """A forward on the instance, where a class swap does not reach, inside ours.
 
-    accelerate's mixed precision puts the model's forward, wrapped in autocast, on the instance,
-    where a class swap does not reach. It stays in use, as `inner`, and comes back with
-    `remove_patch`.
+    accelerate's mixed precision puts the model's forward there, wrapped in autocast, before the
+    patch or after it. It stays in use, as `inner`, and comes back with `remove_patch`. Whatever it
+    is, a pass with labels through it is held to a loss out of the head.
     """
 
     def __init__(
@@ -75,13 +76,24 @@ def _inside(model: Any) -> Any:
 
 def rival_of(model: nn.Module) -> str | None:
     """Why the model's forward is no stock forward any more, with the remedy; None when it is."""
-    for function in _chain(model.forward):
-        package = _module_of(function).split(".")[0]
-        if package in _RIVALS:
+    ours = swapped_class(type(model))
+    # Ours calls the forward that its base has at the time.
+    below = [] if ours is None else _chain(ours.__dict__["_fused_base"].forward)
+    for function in (*_chain(model.forward), *below):
+        remedy = _rival_remedy(function)
+        if remedy is not None:
             return (
                 f"its forward was replaced by {_module_of(function)}, which computes a loss of its "
-                f"own: {_RIVALS[package]}, then apply_patch"
+                f"own: {remedy}, then apply_patch"
             )
+    return None
+
+
+def _rival_remedy(function: Any) -> str | None:
+    package = _module_of(function).split(".")[0]
+    for rival, remedy in _RIVALS.items():
+        if package == rival or package.startswith(f"{rival}_"):
+            return remedy
     return None
 
 
@@ -105,9 +117,10 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
             return None
         package = _module_of(function).split(".")[0]
         if package not in _TRANSPARENT or not composable:
+            remedy = "apply_patch before that" if composable else "take it off"
             return (
-                f"somebody has put a forward on {name}, {_name_of(function)}: apply_patch before "
-                "that, or leave this model stock"
+                f"somebody has put a forward on {name}, {_name_of(function)}: {remedy}, or leave "
+                "this model stock"
             )
     return f"somebody has put a forward on {name} that does not lead to its class's forward"
 
@@ -121,7 +134,11 @@ def runs_ours(model: nn.Module) -> bool:
 
 def has_device_hook(module: nn.Module) -> bool:
     """Whether accelerate's device hooks call the forward through `_old_forward`."""
-    return "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
+    attributes = module.__dict__
+    if "_hf_hook" not in attributes or "_old_forward" not in attributes:
+        return False
+    forward = attributes.get("forward")
+    return isinstance(forward, functools.partial) and _module_of(forward) == "accelerate.hooks"
 
 
 def compose(model: nn.Module, run: Callable[..., Any]) -> None:
@@ -129,7 +146,9 @@ def compose(model: nn.Module, run: Callable[..., Any]) -> None:
     forward = model.__dict__.get("forward")
     if forward is None or has_device_hook(model) or isinstance(forward, ComposedForward):
         return
-    if not any(_is_ours(function) for function in _chain(forward)):
+    chain = _chain(forward)
+    # A rival leads to ours on some passes only.
+    if not any(_is_ours(f) for f in chain) or any(_rival_remedy(f) for f in chain):
         model.__dict__["forward"] = ComposedForward(model, forward, run)
 
 
@@ -165,6 +184,8 @@ def _chain(forward: Any) -> list[Any]:
 
 
 def _module_of(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        return _module_of(function.func)
     # Wrapped callables copy the module name of what they wrap, so their own class counts too.
     own = getattr(function, "__code__", None)
     if own is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from hf_fused_head.schedule import plan
 
 from . import neighbours
 from .adapter import refusal_of, state_of, static_obstacle
+from .chunked import describe
+from .errors import UnsupportedModelError
 from .heads import MODULE, innermost_head, kind_of
 from .registry import facts_of, family_of
 from .state import LastForward, PatchState
@@ -80,7 +84,41 @@ def patch_report(model: nn.Module) -> PatchReport:
     if swapped_class(type(target)) is None or not neighbours.runs_ours(target):
         reason = "its forward was replaced after apply_patch: call apply_patch last"
         return PatchReport(fused=False, reason=reason)
+    obstacle = static_obstacle(target)
+    if obstacle is not None:
+        return PatchReport(fused=False, reason=f"the next forward will refuse it: {obstacle}")
     return _facts(target, state)
+
+
+@contextlib.contextmanager
+def require_fused(model: nn.Module) -> Iterator[None]:
+    """Makes sure that a forward inside the `with` block takes its loss out of the head.
+
+    A patched model holds every pass with labels to that by itself. This sees also what never
+    reaches it: labels that were taken away before, a former `model.forward` that somebody has
+    kept, another model in the place of the patched one. It waits for nothing on the device.
+
+    Args:
+        model: A patched model, or what it has been wrapped into.
+
+    Raises:
+        UnsupportedModelError: At the end of the block, if no forward did; an exception of the block
+            itself goes first.
+    """
+    state = state_of(model)
+    if state is not None:
+        state.ran = False
+    yield
+    state = state_of(model)
+    if state is None or not state.ran:
+        report = patch_report(model)
+        missing = (
+            "no forward with labels has reached it, although it is patched: give it the labels, "
+            "and call the model itself"
+        )
+        raise UnsupportedModelError(
+            f"this pass was not fused: {missing if report.fused else report.reason}"
+        )
 
 
 def _why_stock(target: Any) -> str:
@@ -107,7 +145,7 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
         wrapper=_wrapper(outer, head),
         sharding=_sharding(weight),
         kernel=_kernel(state, weight, head),
-        schedule="" if state.last is None else _schedule(state, state.last),
+        schedule=_schedule(state, state.last),
     )
 
 
@@ -138,7 +176,8 @@ def _sharding(weight: Any) -> str:
 
 
 def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
-    if state.last is not None and state.last.kind == MODULE:
+    kind = kind_of(_stock_class(head)) if state.last is None else state.last.kind
+    if kind == MODULE:
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
@@ -153,9 +192,11 @@ def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
     return f"{choice.impl}: {choice.reason}"
 
 
-def _schedule(state: PatchState, last: LastForward) -> str:
+def _schedule(state: PatchState, last: LastForward | None) -> str:
+    if last is None:
+        return "chosen for each shape inside the compiled forward" if state.ran else ""
     if last.kind == MODULE:
-        return "chunks of tokens, their logits made again in the backward"
+        return describe(last.num_tokens, last.vocab_size, state.options.memory_budget_mib)
     chosen = plan(
         num_tokens=last.num_tokens,
         hidden_size=last.hidden_size,

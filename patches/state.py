@@ -36,14 +36,20 @@ class LastForward(NamedTuple):
 
 
 class PatchState:
-    """What a patched model and its head share: options, open calls, what the last forward left."""
+    """What a patched model and its head share: options, open calls, what the last forward left.
+
+    Attributes:
+        rowwise: What heads that treat each token by itself are made of.
+        ran: Whether a forward has taken its loss out of the head since this was last lowered.
+    """
 
     def __init__(self, options: PatchOptions) -> None:
         self.options = options
         self.calls: dict[int, Call | None] = {}
         self.stats: tuple[Tensor | None, ...] | None = None
         self.last: LastForward | None = None
-        self.rowwise_heads: set[type] = set()
+        self.rowwise: set[tuple[type, ...]] = set()
+        self.ran = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts without the calls and results of the original.

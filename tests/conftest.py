@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Read when triton is imported, so it must stand before anything that imports it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker) and devices < count:
                 reason = f"needs {count} CUDA device(s), this machine has {devices}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """The precision that accelerate keeps for a process is not the next test's."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)

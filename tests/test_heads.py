@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from oracle import assert_close_as_torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import batch, build
 from torch import Tensor, nn
-from trains_like import assert_trains_like, loss_and_gradients, same_modules, seeded
+from trains_like import assert_trains_like, loss_and_gradients
 from transformers.pytorch_utils import Conv1D
 
 from hf_fused_head import (
@@ -22,235 +21,10 @@ from hf_fused_head import (
     apply_patch,
     last_stats,
     patch_report,
-    remove_patch,
 )
 from hf_fused_head.patches.heads import kind_of
 
-Wrap = Callable[[Any], Any]
-
-
-def lora(**options: Any) -> Wrap:
-    return lambda model: get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **options}))
-
-
-def two_adapters(model: Any) -> Any:
-    first = LoraConfig(r=4, target_modules=["lm_head", "q_proj"])
-    second = LoraConfig(r=3, use_rslora=True, target_modules=["lm_head"])
-    model = get_peft_model(model, first, adapter_name="first")
-    model.add_adapter("second", second)
-    model.base_model.set_adapter(["first", "second"])
-    return model
-
-
-def one_of_two(model: Any) -> Any:
-    model = two_adapters(model)
-    model.set_adapter("second")
-    return model
-
-
-def disabled(model: Any) -> Any:
-    model = lora(target_modules=["lm_head", "q_proj"])(model)
-    model.disable_adapter_layers()
-    return model
-
-
-def merged(model: Any) -> Any:
-    model = lora(target_modules=["lm_head", "q_proj"])(model)
-    fill_adapters(model)
-    model.merge_adapter()
-    return model
-
-
-def merged_then_disabled(model: Any) -> Any:
-    model = merged(model)
-    model.disable_adapter_layers()
-    return model
-
-
-def half_precision_base(model: Any) -> Any:
-    return lora(target_modules=["lm_head", "q_proj"])(model.bfloat16())
-
-
-LORA, SAVED, TOKENS = "LoRA", "ModulesToSaveWrapper", "TrainableTokensWrapper"
 FUSED, CHUNKED = "torch", "the forward of"
-# Name: how the model is wrapped, whether its head is tied, what the report says of it.
-CASES: dict[str, tuple[Wrap, bool, str, str]] = {
-    "body": (lora(target_modules=["q_proj"]), False, "none", FUSED),
-    "lora": (lora(target_modules=["lm_head", "q_proj"]), False, LORA, FUSED),
-    "lora, tied": (lora(target_modules=["lm_head", "q_proj"]), True, LORA, FUSED),
-    "lora, tied adapters": (
-        lora(target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True),
-        True,
-        LORA,
-        FUSED,
-    ),
-    "rslora": (lora(target_modules=["lm_head"], use_rslora=True), False, LORA, FUSED),
-    "two adapters": (two_adapters, False, LORA, FUSED),
-    "one of two adapters": (one_of_two, False, LORA, FUSED),
-    "disabled": (disabled, False, LORA, FUSED),
-    "merged": (merged, False, LORA, FUSED),
-    "merged, disabled": (merged_then_disabled, False, LORA, FUSED),
-    "saved": (lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), False, SAVED, FUSED),
-    "saved, tied": (
-        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-        True,
-        SAVED,
-        FUSED,
-    ),
-    "dora": (lora(target_modules=["lm_head"], use_dora=True), False, LORA, CHUNKED),
-    "tokens": (lora(trainable_token_indices={"lm_head": [3, 5]}), False, TOKENS, CHUNKED),
-    "tokens, tied": (lora(trainable_token_indices=[3, 5]), True, TOKENS, CHUNKED),
-    "ia3": (
-        lambda model: get_peft_model(
-            model, peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
-        ),
-        False,
-        "ia3.Linear",
-        CHUNKED,
-    ),
-    "loha": (
-        lambda model: get_peft_model(model, peft.LoHaConfig(target_modules=["lm_head"])),
-        False,
-        "loha.Linear",
-        CHUNKED,
-    ),
-    "prompt": (
-        lambda model: get_peft_model(
-            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        ),
-        False,
-        "none",
-        FUSED,
-    ),
-}
-
-
-def fill_adapters(model: nn.Module) -> None:
-    """Moves every adapter off the zero where it does nothing."""
-    generator = seeded()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "trainable_tokens" in name or "hada" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-
-
-def wrapped(wrap: Wrap, model: nn.Module) -> Any:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT on ties, biases and target modules.
-        model = wrap(model)
-    fill_adapters(model)
-    return model
-
-
-@pytest.mark.parametrize("patch_first", [True, False], ids=["patch, wrap", "wrap, patch"])
-@pytest.mark.parametrize("case", CASES)
-def test_heads_under_peft_train_like_stock(case: str, patch_first: bool) -> None:
-    wrap, tie, wrapper, kernel = CASES[case]
-    stock = wrapped(wrap, build("gemma2", tie_word_embeddings=tie))
-    fused = build("gemma2", tie_word_embeddings=tie)
-    fused = wrapped(wrap, apply_patch(fused) if patch_first else fused)
-    if not patch_first:
-        apply_patch(fused)
-    # Tied adapters cannot be copied.
-    truth = wrapped(wrap, build("gemma2", tie_word_embeddings=tie)).double()
-    inputs = batch(stock, seed=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that there is nothing to unmerge.
-        assert_trains_like(fused, stock, inputs, truth)
-    report = patch_report(fused)
-    assert report.fused and report.wrapper == wrapper and report.kernel.startswith(kernel)
-    with torch.no_grad():
-        assert torch.equal(fused(**inputs).logits, stock(**inputs).logits)
-    assert same_modules(remove_patch(fused), stock)
-
-
-def test_the_bias_of_a_lora_layer_counts() -> None:
-    wrap = lora(target_modules=["lm_head"], lora_bias=True)
-    stock = wrapped(wrap, build("phi", tie_word_embeddings=False))
-    nn.init.normal_(stock.base_model.model.lm_head.lora_B["default"].bias)
-    assert_trains_like(apply_patch(copy.deepcopy(stock)), stock, batch(stock))
-
-
-def test_lora_dropout_draws_the_stock_mask() -> None:
-    stock = wrapped(lora(target_modules=["lm_head"], lora_dropout=0.5), build("llama")).train()
-    fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
-    losses = []
-    for model in (stock, fused):
-        torch.manual_seed(1)
-        losses.append(model(**inputs).loss)
-    truth = copy.deepcopy(stock).double()
-    torch.manual_seed(1)
-    assert_close_as_torch("loss", losses[1], losses[0], truth(**inputs).loss)
-    assert losses[0].item() != fused(**inputs).loss.item()
-
-
-def test_float32_adapters_beside_a_half_precision_head() -> None:
-    stock = wrapped(half_precision_base, build("llama", tie_word_embeddings=False))
-    fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
-    truth = copy.deepcopy(stock).double()
-    (loss, grads), (stock_loss, stock_grads), (true_loss, true_grads) = (
-        loss_and_gradients(model, inputs) for model in (fused, stock, truth)
-    )
-    assert_close_as_torch("loss", loss.bfloat16(), stock_loss.bfloat16(), true_loss)
-    for name, grad in grads.items():
-        if grad is not None:
-            assert grad.dtype == stock_grads[name].dtype
-            pair = grad.bfloat16(), stock_grads[name].bfloat16()
-            assert_close_as_torch(name, *pair, true_grads[name])
-
-
-def test_adapters_switched_after_patching_are_followed() -> None:
-    stock = wrapped(two_adapters, build("llama", tie_word_embeddings=False))
-    fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
-    losses = set()
-    for switch in (["first"], ["second"], ["first", "second"]):
-        for model in (stock, fused):
-            model.base_model.set_adapter(switch)
-        assert_trains_like(fused, stock, inputs)
-        losses.add(fused(**inputs).loss.item())
-    with stock.disable_adapter(), fused.disable_adapter():
-        assert_trains_like(fused, stock, inputs)
-        output = fused(**inputs)
-        losses.add(output.loss.item())
-    assert len(losses) == 4
-    with pytest.raises(RuntimeError, match="switched since"):
-        output.logits.sum()
-
-
-def test_the_copy_that_modules_to_save_has_chosen_is_trained() -> None:
-    wrap = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = apply_patch(wrapped(wrap, build("llama", tie_word_embeddings=False)))
-    head = model.base_model.model.lm_head
-    nn.init.normal_(head.modules_to_save["default"].weight)
-    inputs = batch(model)
-    loss = model(**inputs).loss
-    loss.backward()
-    assert head.modules_to_save["default"].weight.grad is not None
-    assert head.original_module.weight.grad is None
-    with model.disable_adapter():
-        assert model(**inputs).loss.item() != loss.item()
-
-
-def test_unloading_the_adapter_leaves_a_fused_model() -> None:
-    wrap = lora(target_modules=["lm_head", "q_proj"])
-    model = wrapped(wrap, apply_patch(build("llama", tie_word_embeddings=False)))
-    inputs = batch(model)
-    before = model(**inputs).loss
-    plain = model.merge_and_unload()
-    after = plain(**inputs).loss
-    assert patch_report(plain).fused and patch_report(plain).wrapper == "none"
-    assert after.item() == pytest.approx(before.item())
-
-
-def test_a_hook_inside_a_lora_head_fires() -> None:
-    model = wrapped(lora(target_modules=["lm_head"]), build("llama", tie_word_embeddings=False))
-    stock, fired = copy.deepcopy(model), []
-    model.base_model.model.lm_head.base_layer.register_forward_hook(
-        lambda module, args, output: fired.append(output.shape[-1])
-    )
-    apply_patch(model)
-    assert_trains_like(model, stock, batch(model))
-    assert fired and set(fired) == {101}
 
 
 class OwnLinear(nn.Linear):
@@ -275,6 +49,11 @@ class Rotated(nn.Module):
 class Averaging(Rotated):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden - hidden.mean(dim=-2, keepdim=True))
+
+
+class Leaking(Rotated):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden + 0.02 * hidden.mean(dim=-2, keepdim=True))
 
 
 class Flat(Rotated):
@@ -331,13 +110,22 @@ def test_other_heads_train_like_stock(make: Callable, kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(Averaging, "other tokens"), (Flat, r"map \(tokens, hidden\)")]
+    ("make", "reason"),
+    [(Averaging, "other tokens"), (Leaking, "other tokens"), (Flat, r"map \(tokens, hidden\)")],
 )
 def test_a_head_that_is_no_map_of_tokens_is_refused(make: Callable, reason: str) -> None:
     model = apply_patch(with_head(make))
     with pytest.raises(UnsupportedModelError, match=reason):
         model(**batch(model))
     assert not patch_report(model).fused
+
+
+def test_a_head_that_mixes_tokens_later_is_refused() -> None:
+    model = apply_patch(with_head(nn.Sequential))
+    model(**batch(model))
+    model.lm_head = nn.Sequential(Averaging(model.lm_head[0]))
+    with pytest.raises(UnsupportedModelError, match="other tokens"):
+        model(**batch(model))
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -399,6 +187,41 @@ def test_chunks_name_a_label_out_of_range() -> None:
     inputs["labels"][1, 3] = 101
     with pytest.raises(ValueError, match="got 101"):
         model(**inputs)
+
+
+class Dropped(Rotated):
+    """A head with dropout that keeps its masks."""
+
+    masks: tuple[Tensor, ...] = ()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mask = nn.functional.dropout(torch.ones_like(hidden), 0.5, self.training)
+        self.masks = (*self.masks, mask.detach())
+        return self.linear(hidden * mask)
+
+
+def test_chunks_drop_the_same_in_both_passes() -> None:
+    """The masks are others than stock's, which draws one for all tokens."""
+    model = apply_patch(with_head(Dropped).train(), memory_budget_mib=0.01)
+    model(**batch(model)).loss.backward()
+    # The first three are of the trial whether the head mixes tokens.
+    masks = model.lm_head.masks[3:]
+    half = len(masks) // 2
+    assert half > 1 and len({str(mask) for mask in masks[:half]}) == half
+    for first, again in zip(masks[:half], reversed(masks[half:]), strict=True):
+        assert torch.equal(first, again)
+
+
+def test_a_hook_inside_a_lora_head_fires() -> None:
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(build("llama", tie_word_embeddings=False), config)
+    stock, fired = copy.deepcopy(model), []
+    model.base_model.model.lm_head.base_layer.register_forward_hook(
+        lambda module, args, output: fired.append(output.shape[-1])
+    )
+    apply_patch(model)
+    assert_trains_like(model, stock, batch(model))
+    assert fired and set(fired) == {101}
 
 
 def test_kinds_are_told_by_the_forward_not_by_the_name() -> None:
