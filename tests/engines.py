@@ -22,11 +22,11 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 LEARNING_RATE = 0.1
+MICRO_BATCHES = 2
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -34,6 +34,11 @@ class Engine:
     """A sharded model as all engines show it."""
 
     model: nn.Module
+
+    @staticmethod
+    def start() -> None:
+        """Joins the processes."""
+        torch.distributed.init_process_group("gloo")
 
     def run(self, **inputs: Any) -> Any:
         """A forward."""
@@ -78,15 +83,13 @@ class Ddp(Engine):
 
 
 class Fsdp1(Engine):
-    """Flat shards; `head` is "root" or "own"."""
+    """Flat shards; `head` is "root", "own" or "parts", a unit for each layer of an adapter."""
 
     def __init__(self, model: nn.Module, head: str, half: bool) -> None:
-        units: set[type[nn.Module]] = {LlamaDecoderLayer}
-        if head == "own":
-            units.add(type(base_of(model).get_output_embeddings()))
+        units = [*base_of(model).model.layers, *units_of_head(model, head)]
         self.model = FullyShardedDataParallel(
             model,
-            auto_wrap_policy=ModuleWrapPolicy(units),
+            auto_wrap_policy=CustomPolicy(lambda module: any(module is unit for unit in units)),
             use_orig_params=True,
             device_id=torch.device("cpu"),
         )
@@ -98,17 +101,18 @@ class Fsdp1(Engine):
         with FullyShardedDataParallel.summon_full_params(self.model, with_grads=True):
             # Frozen weights that share a unit with trained ones get zeros.
             return {
-                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() if p.requires_grad else None
+                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
+                if p.requires_grad
+                else None
                 for name, p in self.model.named_parameters()
             }
 
 
 class Fsdp2(Engine):
-    """Shards of every weight; `head` is "root", "own" or "accelerate", its way of grouping."""
+    """Shards of every weight; `head` may also be "accelerate", which groups it with the norm."""
 
     def __init__(self, model: nn.Module, head: str, half: bool) -> None:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None)
-        base = base_of(model)
         if head == "accelerate":
             plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2,
@@ -123,10 +127,8 @@ class Fsdp2(Engine):
             )
             self.model = fsdp2_prepare_model(accelerator, model)
             return
-        for layer in base.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        if head == "own":
-            fully_shard(base.get_output_embeddings(), mp_policy=policy, reshard_after_forward=True)
+        for unit in (*base_of(model).model.layers, *units_of_head(model, head)):
+            fully_shard(unit, mp_policy=policy, reshard_after_forward=True)
         self.model = fully_shard(model, mp_policy=policy)
 
     @contextlib.contextmanager
@@ -149,6 +151,72 @@ class Fsdp2(Engine):
         super().load(saved)
 
 
+class DeepSpeed(Engine):
+    """ZeRO; `head` is the stage, "zero2" or "zero3"."""
+
+    @staticmethod
+    def start() -> None:
+        import deepspeed.comm.torch
+
+        # A shared memory operator, compiled for minutes at its first use; gloo does without.
+        deepspeed.comm.torch.build_shm_op = lambda: None
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+    def __init__(self, model: nn.Module, head: str, half: bool) -> None:
+        import deepspeed
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.model, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(trained, lr=LEARNING_RATE),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": MICRO_BATCHES,
+                # Weights of any size are partitioned.
+                "zero_optimization": {
+                    "stage": int(head[-1]),
+                    "stage3_param_persistence_threshold": 0,
+                    "overlap_comm": False,
+                },
+                "gradient_clipping": 0.0,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "bf16": {"enabled": half},
+            },
+        )
+        self._last = True
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed divides by the number of micro-batches.
+        self.model.backward(loss * MICRO_BATCHES)
+        if not self._last:
+            self.model.step()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Any:
+        self._last = False
+        yield
+        self._last = True
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: safe_get_full_grad(p).clone() if p.requires_grad else None
+            for name, p in self.model.module.named_parameters()
+        }
+
+    def step(self) -> None:
+        self.model.step()
+
+    def save(self, folder: str) -> Any:
+        self.model.save_checkpoint(folder)
+        return folder
+
+    def load(self, saved: Any) -> None:
+        self.model.load_checkpoint(saved)
+
+
 def descend(model: nn.Module) -> None:
     """A step down the gradients that the parameters hold."""
     with torch.no_grad():
@@ -163,4 +231,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-ENGINES: dict[str, type[Any]] = {"ddp": Ddp, "fsdp1": Fsdp1, "fsdp2": Fsdp2}
+def units_of_head(model: nn.Module, head: str) -> list[nn.Module]:
+    """The modules of the head that become units of their own."""
+    module = base_of(model).get_output_embeddings()
+    if head == "parts":
+        return [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
+    return [module] if head == "own" else []
+
+
+ENGINES: dict[str, type[Any]] = {"ddp": Ddp, "fsdp1": Fsdp1, "fsdp2": Fsdp2, "deepspeed": DeepSpeed}
