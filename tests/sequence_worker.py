@@ -92,7 +92,7 @@ def parts_sum_up_to_the_whole(split: str) -> None:
 
 
 def means_are_weighed_as_ulysses_does(split: str) -> None:
-    """transformers' own sum over parts: a part without a token is NaN and takes no share."""
+    """The sum over parts that transformers makes: one without a token is NaN and has no share."""
     stock, inputs, places = sequence_for(split)
     losses, gradients = truths(stock, inputs)
     group = SimpleNamespace(get_group=lambda: dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""Sequence and context parallelism on two processes: parts of sequences are shares of whole ones."""
+"""Sequence and context parallelism on two processes: parts sum up to whole sequences."""
 
 from __future__ import annotations
 
