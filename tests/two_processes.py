@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
 
 
 def assert_worker_passes(worker: str, *arguments: str, timeout_s: int = 300) -> None:
@@ -25,6 +25,6 @@ def assert_worker_passes(worker: str, *arguments: str, timeout_s: int = 300) -> 
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **_CPU},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **CPU_ONLY},
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:6000]}"
