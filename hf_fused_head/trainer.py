@@ -71,6 +71,7 @@ class FusedHeadTrainer(Trainer):
         self.head_options = _checked_options(head_options, args)
         self._train_sums = TokenSums()
         self._eval_sums = TokenSums()
+        self._targets: Tensor | None = None
         super().__init__(model, args, *positional, **keywords)
         if model is not None:
             apply_patch(model, **self.head_options)
@@ -100,6 +101,8 @@ class FusedHeadTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The stock method; with label smoothing the labels stay with the model, if it is fused."""
+        # Context parallelism shards the labels, in place and only while the loss is computed.
+        self._targets = _targets(inputs)
         smoothed_by_head = self._stock_smoother is not None and self.label_smoother is None
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if smoothed_by_head and not self._is_fused():
@@ -136,8 +139,9 @@ class FusedHeadTrainer(Trainer):
         has_labels = self._loss_is_from_head(inputs)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if has_labels:
-            gather = cast(_Gather, self.gather_function) if self.args.world_size > 1 else None
-            self._eval_sums.add(self._last_stats(model), _targets(inputs), gather)
+            whole_rows = self.args.world_size > 1 and not self._rows_are_split()
+            gather = cast(_Gather, self.gather_function) if whole_rows else None
+            self._eval_sums.add(self._last_stats(model), self._targets, gather)
         return result
 
     def evaluation_loop(
@@ -154,7 +158,8 @@ class FusedHeadTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         metrics = cast(dict[str, float], output.metrics)
-        for name, value in self._eval_sums.means().items():
+        reduce = self._over_processes if self._rows_are_split() else None
+        for name, value in self._eval_sums.means(reduce).items():
             metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -168,20 +173,27 @@ class FusedHeadTrainer(Trainer):
     def _over_processes(self, sums: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(sums, "sum"))
 
+    def _rows_are_split(self) -> bool:
+        """Whether processes evaluate parts of the same sequences; Ulysses evaluates whole ones."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return parallelism is not None and parallelism.cp_enabled
+
     def _is_fused(self) -> bool:
         return patch_report(self.accelerator.unwrap_model(self.model)).fused
 
     def _loss_is_from_head(self, inputs: Mapping[str, Any]) -> bool:
-        return inputs.get("labels") is not None and self.compute_loss_func is None
+        # Ulysses' data loader leaves the shifted labels alone.
+        labels = inputs.get("labels", inputs.get("shift_labels"))
+        return labels is not None and self.compute_loss_func is None
 
     def _last_stats(self, model: nn.Module) -> LossStats | None:
         return last_stats(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
-def _targets(inputs: Mapping[str, Any]) -> Tensor:
-    """The labels that a causal language model's loss compares with, [batch, tokens]."""
-    shifted = inputs.get("shift_labels")
-    return inputs["labels"][..., 1:] if shifted is None else shifted
+def _targets(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The labels that a causal language model's loss compares with, [batch, tokens]; if any."""
+    shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+    return labels[..., 1:] if shifted is None and labels is not None else shifted
 
 
 class TokenSums:

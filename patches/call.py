@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed
 
 from hf_fused_head.options import LossOptions
 
+from . import neighbours
 from .deferred import ReplicaLogits, UnavailableLogits, deferred_logits
 from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
 from .heads import HeadLoss, head_loss
@@ -118,14 +119,14 @@ class Call:
         self._note(hidden, target, result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
-        self.loss = result.stats.loss
+        self.loss = neighbours.gathered_for_backward(self.head, result.stats.loss)
         # Gathering the outputs of replicas would make the logits of every training step.
         unreadable = self.replica and torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not unreadable:
             self.source = LogitsSource(
                 self.head, hidden, shape, hidden.device, self.state.suspended
             )
-        return HeadTrace(result.stats.loss, self, shape, result.dtype, hidden.device)
+        return HeadTrace(self.loss, self, shape, result.dtype, hidden.device)
 
     def _target(self, hidden: Tensor) -> Tensor:
         """The labels as the stock loss function shifts them, on the device of the head."""

@@ -3,7 +3,8 @@
 DoRA, trainable tokens, quantised layers and modules of the user know themselves how their logits
 come about. Each chunk's logits live until its losses are out and come again in the backward
 (checkpointing), so no more than the memory budget is taken, and autograd finds every parameter
-that the module uses, wherever it is kept.
+that the module uses, wherever it is kept. Where parts of the module are gathered from other
+processes in forwards of their own, all processes run as many chunks as the one with most tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +40,11 @@ _MIXERS = {("peft.tuners.lily.layer", "Linear"): "PEFT's Lily, whose router aver
 
 
 def chunked_cross_entropy(
-    head_forward: HeadForward, hidden: Tensor, target: Tensor, settings: LossSettings
+    head_forward: HeadForward,
+    hidden: Tensor,
+    target: Tensor,
+    settings: LossSettings,
+    in_step: bool = False,
 ) -> tuple[LossStats, int, torch.dtype]:
     """Loss, vocabulary size and dtype of the logits.
 
@@ -47,6 +53,7 @@ def chunked_cross_entropy(
         hidden: [..., hidden].
         target: [...], int64, as many as hidden states.
         settings: What the loss is; its float operations are float32.
+        in_step: All processes call the head equally often; costs one all-reduce of a number.
 
     Raises:
         UnsupportedModelError: If the head returns no row of logits for each token.
@@ -55,7 +62,7 @@ def chunked_cross_entropy(
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     keep = labels != settings.options.ignore_index
     rows = keep.nonzero()[:, 0]
-    chunks = _run_chunks(head_forward, flat, labels, rows, settings)
+    chunks = _run_chunks(head_forward, flat, labels, rows, settings, in_step)
     total = torch.stack([chunk.total for chunk in chunks]).sum()
     num_valid = keep.sum()
     items = num_valid if settings.num_items is None else settings.num_items
@@ -78,19 +85,35 @@ def chunked_cross_entropy(
 
 
 def _run_chunks(
-    head_forward: HeadForward, flat: Tensor, labels: Tensor, rows: Tensor, settings: LossSettings
+    head_forward: HeadForward,
+    flat: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    settings: LossSettings,
+    in_step: bool,
 ) -> list[_Chunk]:
-    if rows.numel() == 0:
-        # Nothing counts, yet the loss stays connected to what it would depend on.
-        chunk = _Chunk.run(head_forward, flat[:1], labels[:1] * 0, settings)
-        chunk.total = chunk.total * 0.0
-        chunk.rows = tuple(value[:0] for value in chunk.rows)
-        return [chunk]
+    def chunk(some: Tensor) -> _Chunk:
+        return _Chunk.run(head_forward, flat[some], labels[some], settings)
+
+    def idle() -> _Chunk:
+        """Counts nothing, yet is connected to what a loss would depend on."""
+        unused = _Chunk.run(head_forward, flat[:1], labels[:1] * 0, settings)
+        unused.total = unused.total * 0.0
+        unused.rows = tuple(value[:0] for value in unused.rows)
+        return unused
+
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
-    first = _Chunk.run(head_forward, flat[rows[:1]], labels[rows[:1]], settings)
+    first = chunk(rows[:1]) if rows.numel() else idle()
     size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
     rest = rows[1:].split(size) if rows.numel() > 1 else ()
-    return [first, *(_Chunk.run(head_forward, flat[p], labels[p], settings) for p in rest)]
+    idle_calls = _most_over_processes(len(rest), flat.device) - len(rest) if in_step else 0
+    return [first, *map(chunk, rest), *(idle() for _ in range(idle_calls))]
+
+
+def _most_over_processes(count: int, device: torch.device) -> int:
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 class _Chunk:

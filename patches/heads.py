@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_fused_head.functional import LossStats, operand_cross_entropy
 
+from . import neighbours
 from .chunked import check_rows, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
@@ -111,7 +112,8 @@ def head_loss(
         forward = functools.partial(stock_forward, head)
         if verify_rows and not torch.compiler.is_compiling():
             check_rows(head, forward, hidden)
-        stats, vocab_size, dtype = chunked_cross_entropy(forward, hidden, target, settings)
+        in_step = neighbours.gathers_by_parts(head)
+        stats, vocab_size, dtype = chunked_cross_entropy(forward, hidden, target, settings, in_step)
         return HeadLoss(stats, vocab_size, dtype, MODULE)
     weight = operands.pairs[0][1]
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.

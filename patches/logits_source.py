@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .errors import LogitsUnavailableError
+from .neighbours import is_sharded
 from .trace import Step, replay
 
 REMEDY = (
@@ -152,7 +153,7 @@ class HeadState(NamedTuple):
 
     def difference(self, other: HeadState) -> str | None:
         """Why `other` would give other logits; None when it would not."""
-        if any(_is_sharded(tensor) for tensor, _ in other.parameters):
+        if any(is_sharded(tensor) for tensor, _ in other.parameters):
             return "the head's parameters are sharded outside its forward"
         if len(self.parameters) != len(other.parameters) or any(
             mine is not theirs
@@ -172,10 +173,6 @@ class HeadState(NamedTuple):
 def _version(tensor: Tensor) -> int:
     # Tensors made under inference mode keep no version; they cannot be trained either.
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_numel")
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:

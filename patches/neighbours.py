@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
@@ -166,6 +166,39 @@ def refuse_backward_hooks(head: nn.Module) -> None:
             "a backward hook on the head needs the gradient of the logits, which the fused head "
             "never makes: remove the hook or leave this model stock (remove_patch)"
         )
+
+
+def gathered_for_backward(head: Any, loss: Tensor) -> Tensor:
+    """`loss`, whose backward begins with the head's weight in one piece.
+
+    DeepSpeed's ZeRO-3 hangs the function that gathers a module's weights again on the tensors of
+    its output, and looks for them in tensors, lists and dicts alone (read at 0.19). FSDP finds the
+    loss in what the head returns.
+    """
+    if not any(hasattr(weight, "ds_numel") for weight in head.parameters()):
+        return loss
+    if not hasattr(head, "pre_bwd_fn"):
+        raise UnsupportedModelError(
+            "the head's weight is partitioned by ZeRO-3, whose hook for its backward was not found "
+            "on the head: call deepspeed.initialize before the first forward, or leave this model "
+            "stock (remove_patch)"
+        )
+    return head.pre_bwd_fn.apply(loss)
+
+
+def gathers_by_parts(head: nn.Module) -> bool:
+    """Whether weights are missing inside the head's forward until their own modules run.
+
+    So it is where ZeRO-3, or a unit of FSDP for each part, holds the layers inside an adapter.
+    """
+    return any(is_sharded(weight) for weight in head.parameters()) or any(
+        "_fsdp_wrapped_module" in module._modules for module in head.modules()
+    )
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor or partitioned by ZeRO-3."""
+    return type(weight).__name__ == "DTensor" or hasattr(weight, "ds_numel")
 
 
 def _is_ours(function: Any) -> bool:

@@ -3,6 +3,8 @@
     python recipes/finetune.py                                # a small Llama, made on the spot
     python recipes/finetune.py --compare                      # the same steps, stock and fused
     python recipes/finetune.py --model HuggingFaceTB/SmolLM2-135M --dataset my_notes.txt
+    torchrun --nproc-per-node=2 recipes/finetune.py           # on two GPUs, or two CPU processes
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/finetune.py --full
 
 Without options it needs no hub and no GPU: the model is built and its tokenizer trained here, and
 the text is the documentation that every Python carries. The lines that matter are in `train()`:
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
@@ -23,11 +26,13 @@ from typing import NoReturn
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from head_memory import measure_head_bytes
+from launch import Launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from sources import UserError, load_model, load_texts, pack
+from sources import UserError, load_config, load_model, load_texts, pack
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_fused_head import FusedHeadTrainer, UnsupportedModelError
@@ -43,7 +48,7 @@ class Run:
     losses: list[tuple[int, float]]  # (step, mean loss since the step before)
     eval_loss: float
     step_ms: float
-    head_bytes: int
+    head_bytes: int | None  # None where other processes hold parts of the head
 
 
 class StepClock(TrainerCallback):
@@ -104,9 +109,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def output_folder(wanted: Path | None) -> Path:
-    """The folder to write to, which must not hold anything yet."""
+def output_folder(wanted: Path | None, is_main: bool) -> Path:
+    """The folder to write to, which must not hold anything before the main process writes."""
     folder = wanted or Path("outputs") / time.strftime("finetune-%Y%m%d-%H%M%S")
+    if not is_main:
+        return folder
     if folder.is_file():
         raise UserError(f"--output-dir {folder} is a file: name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -114,7 +121,9 @@ def output_folder(wanted: Path | None) -> Path:
     return folder
 
 
-def with_adapters(model: PreTrainedModel, name: str, output: Path, tokenizer) -> PeftModel:
+def with_adapters(
+    model: PreTrainedModel, name: str, output: Path, tokenizer, write: bool
+) -> PeftModel:
     """LoRA on every linear layer, and on the head of "tiny", which was never trained."""
     config = LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -122,8 +131,9 @@ def with_adapters(model: PreTrainedModel, name: str, output: Path, tokenizer) ->
     if name == "tiny":
         # Nobody else has these weights: an adapter without them could not be loaded again.
         base = output / "base"
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
+        if write:
+            model.save_pretrained(base)
+            tokenizer.save_pretrained(base)
         model.name_or_path = str(base)
         linear = [key for key, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
         config.target_modules = {key.rsplit(".", 1)[-1] for key in linear}
@@ -131,7 +141,11 @@ def with_adapters(model: PreTrainedModel, name: str, output: Path, tokenizer) ->
 
 
 def train(
-    model: torch.nn.Module, data: datasets.DatasetDict, options: argparse.Namespace, stock: bool
+    model: torch.nn.Module,
+    data: datasets.DatasetDict,
+    options: argparse.Namespace,
+    stock: bool,
+    alone: bool,
 ) -> tuple[Trainer, Run]:
     """Trains `model` in place, with the stock head or the fused one."""
     arguments = TrainingArguments(
@@ -144,6 +158,9 @@ def train(
         logging_steps=max(1, options.max_steps // 10),
         save_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Without it, processes on a machine without GPUs would not know of one another.
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         report_to="none",
         seed=options.seed,
     )
@@ -156,10 +173,13 @@ def train(
         eval_dataset=data["test"],
         callbacks=[clock],
     )
-    model.train()
-    batch = trainer.data_collator([data["train"][i] for i in range(batch_blocks(data, options))])
-    batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
-    head_bytes = measure_head_bytes(model, batch)
+    head_bytes = None
+    if alone:
+        model.train()
+        rows = [data["train"][i] for i in range(batch_blocks(data, options))]
+        batch = trainer.data_collator(rows)
+        batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+        head_bytes = measure_head_bytes(model, batch)
     trainer.train()
     history = trainer.state.log_history
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
@@ -175,7 +195,9 @@ def batch_blocks(data: datasets.DatasetDict, options: argparse.Namespace) -> int
 
 
 def comparison(stock: Run, fused: Run) -> Table:
-    """Losses, step time and peak head memory side by side."""
+    """Losses, step time and peak head memory side by side, of one process each."""
+    if stock.head_bytes is None or fused.head_bytes is None:
+        raise ValueError("`stock` and `fused` must be runs of one process, which are measured")
     table = Table("", "stock", "fused", "fused - stock", title="The same steps, twice")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -208,29 +230,36 @@ def saved_line(fused: Run, stock: Run | None, tokens: int, vocab_size: int, step
     logits_mib = tokens * vocab_size * 4 / MIB
     line = (
         f"The head never made its logits: {logits_mib:.1f} MiB of float32 ({tokens} tokens x "
-        f"{vocab_size} words) in each of {steps} steps. Measured peak of head and loss: "
-        f"{fused.head_bytes / MIB:.1f} MiB"
+        f"{vocab_size} words) in each of {steps} steps"
     )
-    if stock is None:
+    if fused.head_bytes is None:
+        return f"{line} of every process."
+    line = f"{line}. Measured peak of head and loss: {fused.head_bytes / MIB:.1f} MiB"
+    if stock is None or stock.head_bytes is None:
         return f"{line}; --compare measures the stock head too."
     return f"{line} instead of {stock.head_bytes / MIB:.1f} MiB."
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, launch: Launch) -> None:
     """Prepares, trains, compares, saves, and says what came of it."""
-    console = Console(soft_wrap=True)
-    options.output_dir = output_folder(options.output_dir)
+    console = Console(soft_wrap=True, quiet=not launch.is_main)
+    launch.check(options.seq_len, options.compare, options.full)
+    launch.check_model(options.model, load_config(options.model) if launch.size("tp") > 1 else None)
+    options.output_dir = output_folder(options.output_dir, launch.is_main)
     set_seed(options.seed)
     texts = load_texts(options.dataset, options.text_column)
     if options.model == "tiny":
         texts = list(texts)
-    model, tokenizer = load_model(options.model, texts, options.seq_len)
-    wanted = options.max_steps * options.batch_size + EVAL_BLOCKS
+    model, tokenizer = load_model(options.model, texts, options.seq_len, launch.size("tp"))
+    # Sequence and tensor parallel processes share their blocks, the others have each their own.
+    wanted = options.max_steps * options.batch_size * launch.processes + EVAL_BLOCKS
     blocks = pack(texts, tokenizer, options.seq_len, wanted)
     held_out = min(EVAL_BLOCKS, max(1, len(blocks) // 10))
     data = blocks.train_test_split(test_size=held_out, seed=options.seed)
     if not options.full:
-        model = with_adapters(model, options.model, options.output_dir, tokenizer)
+        model = with_adapters(
+            model, options.model, options.output_dir, tokenizer, write=launch.is_main
+        )
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     console.print(
@@ -242,35 +271,57 @@ def run(options: argparse.Namespace) -> None:
     if options.compare:
         twin = copy.deepcopy(model)
         console.print("Stock head:")
-        stock = train(twin, data, options, stock=True)[1]
+        stock = train(twin, data, options, stock=True, alone=True)[1]
         del twin
         console.print("Fused head:")
-    trainer, fused = train(model, data, options, stock=False)
-    # The base's embeddings are saved already, so PEFT need not copy them into the adapter.
-    keep = {} if options.full else {"save_embedding_layers": False}
-    model.save_pretrained(options.output_dir, **keep)
-    tokenizer.save_pretrained(options.output_dir)
-    trainer.save_state()
+    trainer, fused = train(model, data, options, stock=False, alone=launch.processes == 1)
+    save(trainer, model, tokenizer, options, launch)
     if stock is not None:
         console.print(comparison(stock, fused))
     console.print(
         f"Loss {fused.losses[0][1]:.3f} -> {fused.losses[-1][1]:.3f}, evaluation loss "
         f"{fused.eval_loss:.3f}, {fused.step_ms:.0f} ms a step; saved in {options.output_dir}"
     )
-    tokens = batch_blocks(data, options) * options.seq_len
+    tokens = (
+        batch_blocks(data, options) * options.seq_len // (launch.size("cp") * launch.size("sp"))
+    )
     console.print(saved_line(fused, stock, tokens, vocab_size, options.max_steps))
+
+
+def save(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    tokenizer,
+    options: argparse.Namespace,
+    launch: Launch,
+) -> None:
+    """Writes the model or adapter, the tokenizer and the log; all processes must come here."""
+    if launch.engine or launch.size("tp") > 1:
+        # Only the Trainer knows how the engine puts its parts together.
+        trainer.save_model(str(options.output_dir))
+    elif launch.is_main:
+        # The base's embeddings are saved already, so PEFT need not copy them into the adapter.
+        keep = {} if options.full else {"save_embedding_layers": False}
+        model.save_pretrained(options.output_dir, **keep)
+    if launch.is_main:
+        tokenizer.save_pretrained(options.output_dir)
+        trainer.save_state()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the recipe; 2 and one line on stderr when something the user named is wrong."""
     options = parse(argv)
+    launch = Launch.from_environment(os.environ)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(options)
+        run(options, launch)
     except (UserError, UnsupportedModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if launch.is_main:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    if launch.processes > 1:
+        PartialState().destroy_process_group()
     return 0
 
 

@@ -12,10 +12,12 @@ import torch
 import transformers
 from datasets import Dataset, load_dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -60,8 +62,22 @@ def load_texts(name: str, column: str) -> Iterable[str]:
     return (row[column] for row in dataset)
 
 
+def load_config(name: str) -> PretrainedConfig | None:
+    """The config of a folder or hub model; None for "tiny" and .gguf files.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    if name == "tiny" or name.endswith(".gguf"):
+        return None
+    try:
+        return AutoConfig.from_pretrained(name)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error
+
+
 def load_model(
-    name: str, texts: Iterable[str], seq_len: int
+    name: str, texts: Iterable[str], seq_len: int, tensor_parallel: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -69,6 +85,7 @@ def load_model(
         name: "tiny", a .gguf file, a local folder, or a model of the hub.
         texts: What the tokenizer of "tiny" is trained on.
         seq_len: The longest sequence that the model will see.
+        tensor_parallel: Over how many processes every layer of a folder or hub model is cut.
 
     Raises:
         UserError: If there is no such model, or `seq_len` is too long for it.
@@ -86,7 +103,8 @@ def load_model(
             model = load_gguf(path)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name)
+            cut = {"tp_plan": "auto", "tp_size": tensor_parallel} if tensor_parallel > 1 else {}
+            model = AutoModelForCausalLM.from_pretrained(name, **cut)
             tokenizer = AutoTokenizer.from_pretrained(name)
     except _LOAD_ERRORS as error:
         raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error

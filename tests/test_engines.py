@@ -1,0 +1,59 @@
+"""Data parallel engines on two processes: everything is as on one, and as in a stock model."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from tiny_models import batch, build
+from two_processes import assert_worker_passes
+
+from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [("ddp", "fsdp1", "fsdp2"), pytest.param(("deepspeed",), marks=needs_deepspeed)],
+    ids=" ".join,
+)
+def test_engines_train_evaluate_resume_and_unpatch(engines: tuple[str, ...]) -> None:
+    """Every way to shard, to train and to patch: see `CASES` of the worker."""
+    assert_worker_passes("engines_worker.py", *engines)
+
+
+class PreBackward(torch.autograd.Function):
+    """What ZeRO-3 leaves on every module; here it only notes that it has run."""
+
+    ran = 0
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor) -> torch.Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        PreBackward.ran += 1
+        return grad
+
+
+def test_the_backward_of_a_partitioned_head_begins_with_its_gathering() -> None:
+    """ZeRO-3 finds no tensor in what the head returns, so its hook is put on the loss."""
+    model = apply_patch(build("llama", tie_word_embeddings=False, num_hidden_layers=1))
+    model.lm_head.weight.ds_numel = 1
+    model.lm_head.pre_bwd_fn = PreBackward
+    model(**batch(model)).loss.backward()
+    assert PreBackward.ran == 1
+
+
+def test_a_partitioned_head_without_that_hook_is_refused() -> None:
+    """Its backward would meet an empty weight."""
+    model = apply_patch(build("llama", tie_word_embeddings=False, num_hidden_layers=1))
+    model.lm_head.weight.ds_numel = 1
+    with pytest.raises(UnsupportedModelError, match=r"ZeRO-3.*deepspeed\.initialize"):
+        model(**batch(model))
+    assert not patch_report(model).fused
