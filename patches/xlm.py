@@ -14,10 +14,15 @@ from .family import Family
 
 FAMILIES = (
     Family(
-        name="XLM / XLNet",
-        classes=("XLMWithLMHeadModel", "XLNetLMHeadModel"),
+        name="XLM",
+        classes=("XLMWithLMHeadModel",),
         transformers="5.17",
-        own_loss=True,
-        bias=True,
+        own_loss="cross_entropy",
+    ),
+    Family(
+        name="XLNet",
+        classes=("XLNetLMHeadModel",),
+        transformers="5.17",
+        own_loss="CrossEntropyLoss",
     ),
 )
