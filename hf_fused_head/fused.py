@@ -214,6 +214,10 @@ def multiply_(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) -> passes.Call:
+    if operands.shard.sizes:
+        raise NotImplementedError(
+            "`process_group` must be None for impl='triton', got a group: use impl='torch'"
+        )
     if len(operands.inputs) > 2:
         raise NotImplementedError(
             f"`operands` must hold at most two pairs for impl='triton', got "
