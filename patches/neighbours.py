@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .swap import STATE, is_bound_forward
+from .tensor_parallel import gathers_logits
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
 _RIVALS = {
@@ -29,8 +30,8 @@ class ComposedForward:
     """A forward that was on the instance before the patch, inside ours.
 
     accelerate's mixed precision puts the model's forward, wrapped in autocast, on the instance,
-    where a class swap does not reach. It stays in use, as `inner`, and comes back with
-    `remove_patch`.
+    and transformers' tensor parallelism the head's, between a cut and a gathering. A class swap
+    does not reach there. It stays in use, as `inner`, and comes back with `remove_patch`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
     forward = module.__dict__.get("forward")
     if forward is None or isinstance(forward, ComposedForward) or has_device_hook(module):
         return None
-    if is_bound_forward(module, forward):
+    if is_bound_forward(module, forward) or gathers_logits(forward):
         return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]

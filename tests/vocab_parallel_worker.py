@@ -5,9 +5,7 @@ Every rank makes the whole problem and gives the loss its own rows; `CASES` name
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ from plain_head import (
     shaped_logits,
     widened,
 )
+from ranks import refused, run_cases
 from torch import Tensor
 
 from hf_fused_head import LinearCrossEntropyLoss, linear_cross_entropy_with_stats
@@ -337,18 +336,6 @@ for _impl in IMPLS:
         CASES[f"{_impl}-{_check.__name__}"] = lambda impl=_impl, run=_check: run(impl)
 
 
-@contextmanager
-def refused(error: type[Exception], text: str) -> Iterator[None]:
-    """Fails unless this rank raises `error` with `text`."""
-    try:
-        yield
-    except error as raised:
-        if text not in str(raised):
-            raise AssertionError(f"got {raised}") from raised
-    else:
-        raise AssertionError(f"no {error.__name__}")
-
-
 @case
 def a_label_out_of_range_is_an_error_on_every_rank() -> None:
     tensors = Problem().tensors(torch.float32)
@@ -469,20 +456,6 @@ def sent() -> Iterator[list[int]]:
         dist.all_reduce, dist.all_gather = reduce, gather
 
 
-def main(rank: int, ranks: int, folder: Path, chosen: list[str]) -> None:
-    """Runs cases and leaves what failed, by name, in a file of this rank."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
-    failed = {}
-    for name in chosen or CASES:
-        torch.manual_seed(0)
-        try:
-            CASES[name]()
-        except Exception:
-            failed[name] = traceback.format_exc()
-    (folder / f"rank{rank}.json").write_text(json.dumps(failed))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    run_cases(CASES, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
