@@ -91,8 +91,8 @@ class _Head(NamedTuple):
         vocab_size = shard.total(self.weights[0].shape[0])
         if shared not in (None, (vocab_size,)):
             raise ValueError(
-                f"`weight` must have shape {(vocab_size,)}, got {shared}: it has one entry for each "
-                "class of the whole vocabulary, on every rank"
+                f"`weight` must have shape {(vocab_size,)}, got {shared}: it has one entry for "
+                "each class of the whole vocabulary, on every rank"
             )
         return shard
 

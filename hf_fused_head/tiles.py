@@ -219,9 +219,8 @@ def row_gradient(
     prob = (-stats.nll).exp()
     target = (alpha - g_nll) * prob + g_nll * torch.expm1(-stats.nll)
     if gamma is not None:
-        target = target - (
-            gamma if class_weight is None else gamma * class_weight[labels + operands.shard.first]
-        )
+        classes = operands.shard.classes_of(labels, operands.num_rows)
+        target = target - (gamma if class_weight is None else gamma * class_weight[classes])
     if g_entropy is not None:
         surprise = torch.where(prob > 0, prob * (stats.nll - stats.entropy), 0.0)
         target = target + g_entropy * surprise
