@@ -42,8 +42,9 @@ def run_ranks(worker: Path, ranks: int, folder: Path, *cases: str) -> Failures:
 
 def _environment(rank: int, ranks: int) -> dict[str, str]:
     """What a launcher tells a process; transformers reads the sizes of its plans from it."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-    return {name: str(value) for name, value in places.items()}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    run = {"OMP_NUM_THREADS": 1, "TRITON_INTERPRET": 1}
+    return {name: str(value) for name, value in {**places, **run}.items()}
 
 
 def assert_passed(failures: Failures, name: str) -> None:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "options": {"distributed"},
     "schedule": {"options"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "distributed"},
     "reference": BASE,
     "tiles": BASE,
     "products": BASE,

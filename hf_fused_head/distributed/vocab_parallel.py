@@ -94,6 +94,12 @@ class VocabShard:
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return _nothing if work is None else work.wait
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The maximum over the ranks, in the memory of `tensor`."""
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def columns(self, tile: Tensor) -> Tensor:
         """This rank's columns of a matrix beside those of the others: [N, V]."""
         if self.group is None:
