@@ -17,14 +17,20 @@ def check_arguments(
     num_items: int | Tensor | None,
     memory_budget_mib: float | None,
     stats: tuple[str, ...],
+    sharded: bool,
 ) -> None:
-    """Every shape, dtype and device, once; names are those of `linear_cross_entropy`."""
+    """Every shape, dtype and device, once; names are those of `linear_cross_entropy`.
+
+    What takes knowing the other ranks' rows is left to `ops`: with `sharded`, that there are rows
+    here at all, and the length of `weight`.
+    """
     vocab_size = pairs[0][1].shape[0] if pairs[0][1].dim() == 2 else 0
     for hidden, matrix in pairs:
-        _check_pair(hidden, matrix, pairs[0][0], vocab_size, target)
+        _check_pair(hidden, matrix, pairs[0][0], vocab_size, target, sharded)
     if target.dtype != torch.int64:
         raise TypeError(f"`target` must be int64 class ids, got {target.dtype}: call target.long()")
-    for name, vector in (("linear_bias", bias), ("weight", weight)):
+    whole = None if sharded else weight
+    for name, vector in (("linear_bias", bias), ("weight", whole)):
         if vector is not None and tuple(vector.shape) != (vocab_size,):
             raise ValueError(
                 f"`{name}` must have shape {(vocab_size,)}, got {tuple(vector.shape)}: "
@@ -55,13 +61,19 @@ def check_arguments(
 
 
 def _check_pair(
-    hidden: Tensor, matrix: Tensor, first: Tensor, vocab_size: int, target: Tensor
+    hidden: Tensor,
+    matrix: Tensor,
+    first: Tensor,
+    vocab_size: int,
+    target: Tensor,
+    sharded: bool,
 ) -> None:
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"`input` must be float16, bfloat16, float32 or float64, got {hidden.dtype}: convert it"
         )
-    if matrix.dim() != 2 or matrix.shape[0] != vocab_size or vocab_size == 0:
+    empty = vocab_size == 0 and not sharded
+    if matrix.dim() != 2 or matrix.shape[0] != vocab_size or empty:
         raise ValueError(
             f"`linear_weight` must have shape (vocab, hidden) with a vocabulary of at least one, "
             f"got {tuple(matrix.shape)}: pass the head's matrix as nn.Linear stores it"

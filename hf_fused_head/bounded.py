@@ -99,7 +99,7 @@ def _plan(
     return plan(
         num_tokens=labels.shape[0],
         hidden_size=sum(sizes),
-        vocab_size=operands.weights[0].shape[0],
+        vocab_size=operands.shard.largest(operands.num_rows),
         dtype=operands.weights[0].dtype,
         impl="torch",
         device_type=labels.device.type,
@@ -117,7 +117,7 @@ def _statistics(
 ) -> RowStats:
     """One pass over the whole head that keeps nothing but row statistics."""
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
-    vocab_size = operands.weights[0].shape[0]
+    vocab_size = operands.num_rows
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * window)
     scratch = _scratch(memory, window)
@@ -127,9 +127,9 @@ def _statistics(
         for columns in _slices(vocab_size, window):
             tile = _tile(memory, rows, columns)
             products.logits(rows, columns, tile)
-            for part in _blocks(tile):
+            for part in _blocks(tile, window):
                 tally.absorb(tile[part], columns.start, scratch, part, best)
-        parts.append(tally.finish(best))
+        parts.append(tally.finish(best)[0])
     return _joined(parts)
 
 
@@ -144,7 +144,7 @@ def _gradient_in_forward(
 ) -> RowStats:
     """Chunks of tokens, each finished before the next: logits become their gradient in place."""
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
-    vocab_size = operands.weights[0].shape[0]
+    vocab_size = operands.num_rows
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * vocab_size)
     scratch = _scratch(memory, vocab_size)
@@ -155,16 +155,16 @@ def _gradient_in_forward(
         tile = _tile(memory, rows, slice(0, vocab_size))
         for columns in windows:
             products.logits(rows, columns, tile[:, columns])
-        for part in _blocks(tile):
+        for part in _blocks(tile, operands.shard.largest(vocab_size)):
             here = slice(rows.start + part.start, rows.start + part.stop)
             tally = Tally(operands, labels[here], memory, smooth_weight is not None, want_entropy)
             exps = tally.absorb(tile[part], 0, scratch, slice(None), want_correct)
-            stats = tally.finish(want_correct)
+            stats, share = tally.finish(want_correct)
             parts.append(stats)
             g_lse = None if z_weight is None else 2 * z_weight[here] * stats.lse
             g_smooth = None if smooth_weight is None else smooth_weight[here]
             upstream = (nll_weight[here], g_lse, g_smooth, None)
-            exact = stats._replace(correction=1 / tally.total())
+            exact = stats._replace(correction=share)
             gradient = row_gradient(operands, labels[here], exact, *upstream)
             finish_gradient(tile[part], exps, gradient, operands, labels[here], 0, scratch)
             grads.add_bias(tile[part], slice(0, vocab_size), rows.start + part.start == 0)
@@ -187,7 +187,7 @@ def _recompute(
 ) -> None:
     """Windows of the vocabulary, each with all tokens: logits once more, then their gradient."""
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
-    vocab_size = operands.weights[0].shape[0]
+    vocab_size = operands.num_rows
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * window)
     scratch = _scratch(memory, window)
@@ -197,7 +197,7 @@ def _recompute(
         for rows in _slices(labels.shape[0], chunk):
             tile = _tile(memory, rows, columns)
             products.logits(rows, columns, tile)
-            for part in _blocks(tile):
+            for part in _blocks(tile, window):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 block, first = tile[part], columns.start
                 exps = exponentials(block, stats.lse[here], operands.softcap, scratch)
@@ -220,9 +220,9 @@ def _tile(memory: Tensor, rows: slice, columns: slice) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
 
 
-def _blocks(tile: Tensor) -> Iterator[slice]:
-    """Rows of a tile that are worked on together."""
-    row_bytes = tile.shape[1] * tile.element_size()
+def _blocks(tile: Tensor, columns: int) -> Iterator[slice]:
+    """Rows of a tile that are worked on together, as many as of one with so many columns."""
+    row_bytes = columns * tile.element_size()
     return _slices(tile.shape[0], max(1, block_bytes(tile.device.type) // row_bytes))
 
 

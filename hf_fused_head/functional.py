@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_fused_head import ops
 from hf_fused_head.arguments import check_arguments
 from hf_fused_head.autograd import FinishedLoss, RowLosses
+from hf_fused_head.distributed.vocab_parallel import group_name
 from hf_fused_head.options import (
     STAT_NAMES,
     Choice,
@@ -21,6 +22,9 @@ from hf_fused_head.options import (
     resolve_impl,
 )
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LossStats(NamedTuple):
@@ -59,6 +63,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     impl: Impl = "auto",
     memory_budget_mib: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
@@ -86,6 +91,10 @@ def linear_cross_entropy(
         num_items: With "mean", what the sum is divided by instead of the valid count.
         impl: "auto", "triton", "torch" or "reference".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
+        process_group: The ranks that share the head, in the order of their rows: `linear_weight`
+            and `linear_bias` are this rank's rows, as many as it has; `input`, `target` and
+            `weight` are whole and the same on every rank. So are the loss and the gradient of
+            `input`; those of the head's rows stay with their rank.
 
     Returns:
         Scalar float32; [...] float32 with `reduction="none"` (float64 for float64 inputs).
@@ -108,6 +117,7 @@ def linear_cross_entropy(
         num_items=num_items,
         impl=impl,
         memory_budget_mib=memory_budget_mib,
+        process_group=process_group,
     ).loss
 
 
@@ -127,6 +137,7 @@ def linear_cross_entropy_with_stats(
     num_items: int | Tensor | None = None,
     impl: Impl = "auto",
     memory_budget_mib: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LossStats:
     """`linear_cross_entropy` together with statistics of every token.
 
@@ -143,6 +154,7 @@ def linear_cross_entropy_with_stats(
         num_items=num_items,
         impl=impl,
         memory_budget_mib=memory_budget_mib,
+        process_group=process_group,
         stats=STAT_NAMES,
     )
 
@@ -157,6 +169,7 @@ def operand_cross_entropy(
     num_items: int | Tensor | None = None,
     impl: str = "auto",
     memory_budget_mib: float | None = None,
+    process_group: ProcessGroup | None = None,
     stats: tuple[str, ...] = (),
 ) -> LossStats:
     """The loss of a head whose logits are a sum of products, as a LoRA head's are.
@@ -170,17 +183,21 @@ def operand_cross_entropy(
         num_items: With reduction "mean", what the sum is divided by.
         impl: Name of the engine, or "auto".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients.
+        process_group: The ranks that share the head; None for a head on one rank.
         stats: Which of "accuracy" (the field `correct`) and "entropy" to fill.
     """
     if not operands:
         raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
+    group = group_name(process_group)
     pairs, bias = _autocast(list(operands), linear_bias)
-    check_arguments(pairs, target, bias, weight, num_items, memory_budget_mib, stats)
+    check_arguments(pairs, target, bias, weight, num_items, memory_budget_mib, stats, group != "")
     inputs = [hidden.reshape(-1, hidden.shape[-1]) for hidden, _ in pairs]
     weights = [matrix for _, matrix in pairs]
     dtype = accumulation_dtype(inputs[0].dtype)
     class_weight = None if weight is None else weight.detach().to(dtype)
-    call = _Call(inputs, weights, bias, class_weight, target, options, impl, memory_budget_mib)
+    call = _Call(
+        inputs, weights, bias, class_weight, target, options, impl, memory_budget_mib, group
+    )
     valid = target.reshape(-1) != options.ignore_index
     num_valid = valid.sum()
     ce_weight = _target_weight(class_weight, target.reshape(-1), valid, dtype)
@@ -213,6 +230,7 @@ class _Call(NamedTuple):
     options: LossOptions
     impl: str
     memory_budget_mib: float | None
+    group: str
 
     def run(
         self,
@@ -269,7 +287,8 @@ class _Call(NamedTuple):
         mib = self.memory_budget_mib
         budget_bytes = int((DEFAULT_MEMORY_BUDGET_MIB if mib is None else mib) * 2**20)
         softcap = None if options.softcap is None else float(options.softcap)
-        return options.ignore_index, float(options.logit_scale), softcap, self.impl, budget_bytes
+        plain = options.ignore_index, float(options.logit_scale), softcap, self.impl, budget_bytes
+        return *plain, self.group
 
     def _row_weights(
         self, ce_weight: Tensor, ce_items: int | Tensor, z_items: int | Tensor

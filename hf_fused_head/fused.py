@@ -227,13 +227,22 @@ def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) ->
         low[0] if low else None,
         low_weight[0] if low_weight else None,
         _contiguous(operands.bias),
-        _contiguous(operands.class_weight),
+        _contiguous(operands.part_weight),
         operands.logit_scale,
         operands.softcap,
     )
     config = tile_config(labels.device, hidden.dtype)
     allow_tf32 = labels.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
-    return passes.Call(head, labels.contiguous(), config, allow_tf32, TRITON_SUMS_BYTES, attempt)
+    return passes.Call(
+        head,
+        labels.contiguous(),
+        config,
+        allow_tf32,
+        TRITON_SUMS_BYTES,
+        attempt,
+        operands.shard,
+        operands.class_weight,
+    )
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -248,7 +257,7 @@ def _plan(
     return plan(
         num_tokens=_rounded(call.num_tokens),
         hidden_size=sum(sizes),
-        vocab_size=call.vocab_size,
+        vocab_size=call.shard.largest(call.vocab_size),
         dtype=call.head.hidden.dtype,
         impl="triton",
         device_type=call.labels.device.type,

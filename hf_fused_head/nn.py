@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from hf_fused_head.functional import linear_cross_entropy
 from hf_fused_head.options import Impl, LossOptions, Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -24,6 +29,7 @@ class LinearCrossEntropyLoss(nn.Module):
         z_loss: Factor on the squared log-sum-exp of valid tokens; class weights do not touch it.
         impl: "auto", "triton", "torch" or "reference".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
+        process_group: The ranks that share the head, in the order of their rows.
     """
 
     weight: Tensor | None
@@ -40,6 +46,7 @@ class LinearCrossEntropyLoss(nn.Module):
         z_loss: float = 0.0,
         impl: Impl = "auto",
         memory_budget_mib: float | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.options = LossOptions(
@@ -47,6 +54,7 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         self.impl: Impl = impl
         self.memory_budget_mib = memory_budget_mib
+        self.process_group = process_group
         self.register_buffer("weight", weight)
 
     def forward(
@@ -75,6 +83,7 @@ class LinearCrossEntropyLoss(nn.Module):
             num_items=num_items,
             impl=self.impl,
             memory_budget_mib=self.memory_budget_mib,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.distributed.vocab_parallel import VocabShard, agree
 from hf_fused_head.options import (
     Needs,
     Operands,
@@ -34,7 +35,7 @@ _ENGINES = {
 # What every operator takes first, spelled as schema and, in the same order, as `_Head`.
 _HEAD = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? class_weight, Tensor labels, "
-    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes"
+    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes, str group"
 )
 _STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct, Tensor correction"
 _NEEDS = "bool[] need_inputs, bool[] need_weights, bool need_bias"
@@ -53,6 +54,13 @@ class _Head(NamedTuple):
     softcap: float | None
     impl: str
     budget_bytes: int
+    group: str  # name of a process group; "" for a head on one rank
+
+    @classmethod
+    def split(cls, arguments: tuple[Any, ...]) -> tuple[_Head, tuple[Any, ...]]:
+        """The head, and what an operator takes after it."""
+        size = len(cls._fields)
+        return cls(*arguments[:size]), arguments[size:]
 
     @property
     def num_tokens(self) -> int:
@@ -63,14 +71,40 @@ class _Head(NamedTuple):
         choice = resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype)
         return importlib.import_module(_ENGINES[choice.impl])
 
-    def kept_rows(self) -> Tensor | None:
-        """The rows that count, [num_valid] int64; None when all do."""
-        return kept_rows(self.labels, self.ignore_index, self.weights[0].shape[0])
+    def shard(self, *terms: Any) -> VocabShard:
+        """This rank's part of the vocabulary; ranks that mean different losses all raise."""
+        sizes = [matrix.shape[1] for matrix in self.weights]
+        options = (self.ignore_index, self.logit_scale, self.softcap, self.impl, self.budget_bytes)
+        shared = None if self.class_weight is None else tuple(self.class_weight.shape)
+        shard = agree(
+            self.group,
+            self.weights[0].shape[0],
+            self.labels,
+            {
+                "`input`": (tuple(self.labels.shape), sizes, self.inputs[0].dtype),
+                "`weight`": shared,
+                "presence of `linear_bias`": self.bias is not None,
+                "options of the loss": options,
+                "tensors that require grad and wanted statistics": terms,
+            },
+        )
+        vocab_size = shard.total(self.weights[0].shape[0])
+        if shared not in (None, (vocab_size,)):
+            raise ValueError(
+                f"`weight` must have shape {(vocab_size,)}, got {shared}: it has one entry for "
+                "each class of the whole vocabulary, on every rank"
+            )
+        return shard
 
-    def operands(self, rows: Tensor | None) -> Operands:
+    def kept_rows(self, shard: VocabShard) -> Tensor | None:
+        """The rows that count, [num_valid] int64; None when all do."""
+        vocab_size = shard.total(self.weights[0].shape[0])
+        return kept_rows(self.labels, self.ignore_index, vocab_size)
+
+    def operands(self, rows: Tensor | None, shard: VocabShard) -> Operands:
         """What an engine takes: matrices with a stride of 1, at the rows that count."""
         inputs = _plain([_take(rows, hidden) for hidden in self.inputs])
-        options = (self.bias, self.class_weight, self.logit_scale, self.softcap)
+        options = (self.bias, self.class_weight, self.logit_scale, self.softcap, shard)
         return Operands(inputs, _plain(self.weights), *options)
 
     def no_autocast(self) -> torch.autocast:
@@ -139,29 +173,32 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
     return None if num_valid == flat.numel() else keep.nonzero()[:, 0]
 
 
-def _ask(head: _Head, question: Callable[..., Any]) -> tuple[Tensor | None, Any]:
+def _ask(head: _Head, shard: VocabShard, question: Callable[..., Any]) -> tuple[Tensor | None, Any]:
     """Has the engine answer for all rows if few are ignored, else for those that count.
 
     Args:
         head: The call.
+        shard: This rank's part of its vocabulary.
         question: Takes the engine, its operands, labels, rows that they are of, maybe an attempt.
 
     Returns:
         The rows that the answer is for, None for all; and the answer, None where no row counts.
     """
-    engine = head.engine()
+    engine, rows_here = head.engine(), head.weights[0].shape[0]
+    flat = head.labels.reshape(-1)
     if hasattr(engine, "begin") and head.num_tokens > 0:
         # Waiting for a number that decides little would leave the device without work.
-        flat, vocab_size = head.labels.reshape(-1), head.weights[0].shape[0]
-        attempt = engine.begin(flat, head.ignore_index, vocab_size, head.kept_rows)
-        answer = question(engine, head.operands(None), attempt.labels, None, attempt=attempt)
+        vocab_size = shard.total(rows_here)
+        attempt = engine.begin(flat, head.ignore_index, vocab_size, lambda: head.kept_rows(shard))
+        labels = shard.columns_of(attempt.labels, rows_here)
+        answer = question(engine, head.operands(None, shard), labels, None, attempt=attempt)
         if answer is not None:
             return None, answer
-    rows = head.kept_rows()
+    rows = head.kept_rows(shard)
     if _no_row(rows, head):
         return rows, None
-    labels = _take(rows, head.labels.reshape(-1))
-    return rows, question(engine, head.operands(rows), labels, rows)
+    labels = shard.columns_of(_take(rows, flat), rows_here)
+    return rows, question(engine, head.operands(rows, shard), labels, rows)
 
 
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:
@@ -211,13 +248,13 @@ def _put_inputs(rows: Tensor | None, grads: list[Tensor], head: _Head) -> list[T
 )
 def row_stats(*arguments: Any) -> tuple[Tensor, ...]:
     """Statistics per token, zero where ignored: [N] each, [0] where not asked for."""
-    head, wanted = _Head(*arguments[:10]), arguments[10:]
+    head, wanted = _Head.split(arguments)
 
     def question(engine: Any, operands: Operands, labels: Tensor, _: Any, **attempt: Any) -> Any:
         return engine.forward(operands, labels, head.budget_bytes, *wanted, **attempt)
 
     with head.no_autocast():
-        rows, stats = _ask(head, question)
+        rows, stats = _ask(head, head.shard(*wanted), question)
     if stats is None:
         return head.stats(torch.zeros, *wanted)
     correction = torch.ones_like(stats.nll) if stats.correction is None else stats.correction
@@ -226,7 +263,8 @@ def row_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 @row_stats.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return _Head(*arguments[:10]).stats(torch.empty, *arguments[10:])
+    head, wanted = _Head.split(arguments)
+    return head.stats(torch.empty, *wanted)
 
 
 @torch.library.custom_op(
@@ -237,8 +275,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
-    head, weights, needs = _Head(*arguments[:10]), arguments[10:13], Needs(*arguments[13:16])
-    wanted = arguments[16:]
+    head, rest = _Head.split(arguments)
+    weights, needs, wanted = rest[:3], Needs(*rest[3:6]), rest[6:]
 
     def question(engine: Any, operands: Operands, labels: Tensor, rows: Any, **attempt: Any) -> Any:
         part = _take_each(rows, weights)
@@ -246,7 +284,7 @@ def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
         return engine.forward_backward(operands, labels, *part, *options, **attempt)
 
     with head.no_autocast():
-        rows, answer = _ask(head, question)
+        rows, answer = _ask(head, head.shard(*needs, *wanted), question)
     if answer is None:
         stats = head.stats(torch.zeros, weights[1] is not None, *wanted)
         return (*stats[:5], head.grads(torch.zeros, needs, widen=True))
@@ -257,9 +295,9 @@ def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
 
 @stats_and_grads.register_fake
 def _(*arguments: Any) -> tuple[Any, ...]:
-    head, needs = _Head(*arguments[:10]), Needs(*arguments[13:16])
-    stats = head.stats(torch.empty, arguments[11] is not None, *arguments[16:])
-    return (*stats[:5], head.grads(torch.empty, needs, widen=True))
+    head, rest = _Head.split(arguments)
+    stats = head.stats(torch.empty, rest[1] is not None, *rest[6:])
+    return (*stats[:5], head.grads(torch.empty, Needs(*rest[3:6]), widen=True))
 
 
 @torch.library.custom_op(
@@ -270,19 +308,22 @@ def _(*arguments: Any) -> tuple[Any, ...]:
 )
 def row_grads(*arguments: Any) -> list[Tensor]:
     """Gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
-    head, needs = _Head(*arguments[:10]), Needs(*arguments[20:])
-    engine, rows = head.engine(), head.kept_rows()
+    head, rest = _Head.split(arguments)
+    needs = Needs(*rest[10:])
+    engine, shard = head.engine(), head.shard(*needs, rest[8] is None, rest[9] is None)
+    rows = head.kept_rows(shard)
     if _no_row(rows, head):
         return head.grads(torch.zeros, needs, widen=False)
-    labels = _take(rows, head.labels.reshape(-1))
-    stats = RowStats(*_take_each(rows, arguments[10:16]))
-    upstream = _take_each(rows, arguments[16:20])
+    labels = shard.columns_of(_take(rows, head.labels.reshape(-1)), head.weights[0].shape[0])
+    stats = RowStats(*_take_each(rows, rest[:6]))
+    upstream = _take_each(rows, rest[6:10])
     options = (needs, head.budget_bytes)
     with head.no_autocast():
-        grads = engine.backward(head.operands(rows), labels, stats, *upstream, *options)
+        grads = engine.backward(head.operands(rows, shard), labels, stats, *upstream, *options)
     return _put_inputs(rows, grads, head)
 
 
 @row_grads.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    return _Head(*arguments[:10]).grads(torch.empty, Needs(*arguments[20:]), widen=False)
+    head, rest = _Head.split(arguments)
+    return head.grads(torch.empty, Needs(*rest[10:]), widen=False)

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
+
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -66,11 +68,27 @@ class Operands(NamedTuple):
     """The head: logits are `softcap * tanh(scale * (sum_i X_i W_i^T + bias) / softcap)`."""
 
     inputs: list[Tensor]  # [N, H_i] each
-    weights: list[Tensor]  # [V, H_i] each
-    bias: Tensor | None  # [V]
-    class_weight: Tensor | None  # [V], in the dtype of the statistics
+    weights: list[Tensor]  # [V, H_i] each, the rows of `shard`
+    bias: Tensor | None  # [V], of `shard`
+    class_weight: Tensor | None  # of the whole vocabulary, in the dtype of the statistics
     logit_scale: float
     softcap: float | None
+    shard: VocabShard = WHOLE
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the head that are here."""
+        return self.weights[0].shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the whole head."""
+        return self.shard.total(self.num_rows)
+
+    @property
+    def part_weight(self) -> Tensor | None:
+        """The class weights of the rows that are here."""
+        return self.shard.part(self.class_weight, self.num_rows)
 
 
 class RowStats(NamedTuple):

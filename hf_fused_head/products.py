@@ -6,6 +6,7 @@ the products take the operands as they are; elsewhere pieces of them are convert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Gradients:
         widen = keep_half and first.dtype == torch.float16
         result_dtype = torch.float32 if widen else first.dtype
         whole_rows = schedule.name == "gradient_in_forward"
-        num_tokens, vocab_size = first.shape[0], operands.weights[0].shape[0]
+        num_tokens, vocab_size = first.shape[0], operands.num_rows
         # One chunk, or windows outermost: a piece of the weight's gradient is finished at once.
         self.by_window = not whole_rows or schedule.chunk_tokens >= num_tokens
         hidden_rows = schedule.chunk_tokens if whole_rows else num_tokens
@@ -140,6 +141,8 @@ class Gradients:
         self.hidden_settled = self.weight_settled = False
         self.empty = torch.empty(0, dtype=result_dtype, device=first.device)
         self.unscale: Tensor | None = None
+        self.shard, self.last_column = operands.shard, vocab_size
+        self.waits: list[Callable[[], Any]] = []
 
     def into_range(self, operands: Operands, *upstream: Tensor | None) -> list[Any]:
         """Row weights as they are, or scaled so that products in float16 keep small ones."""
@@ -152,12 +155,18 @@ class Gradients:
         return [None if value is None else value * scale for value in upstream]
 
     def add(self, products: Products, rows: slice, columns: slice, tile: Tensor) -> None:
-        """Adds what a tile of the logits' gradient contributes to hidden states and weights."""
+        """Adds what a tile of the logits' gradient contributes to hidden states and weights.
+
+        With the last columns the hidden states' part of this rank is complete: the ranks' parts
+        are summed while the product of the weights runs.
+        """
         tile = products.narrowed(tile)
         for index, total in enumerate(self.hidden):
             if total is not None:
                 weight = products.piece("weights", index, columns)
                 multiply(tile, weight, total.slot(rows), beta=float(columns.start > 0))
+                if columns.stop == self.last_column:
+                    self.waits.append(self.shard.start_sum(total.slot(rows)))
         for index, total in enumerate(self.weight):
             if total is not None:
                 hidden = products.piece("inputs", index, rows)
@@ -173,6 +182,9 @@ class Gradients:
     def settle_hidden(self, rows: slice) -> None:
         """Finishes the hidden states' gradient of some tokens."""
         self.hidden_settled = True
+        for wait in self.waits:
+            wait()
+        self.waits.clear()
         for total in self.hidden:
             if total is not None:
                 total.settle(rows, self.unscale)

@@ -22,7 +22,8 @@ def forward(
     want_correct: bool,
 ) -> RowStats:
     """Statistics of every row; the protocol is the one of `hf_fused_head.ops`."""
-    logits, _ = _logits(operands)  # [N, V]
+    logits, _ = _logits(operands)  # [N, V], of all ranks
+    labels = operands.shard.classes_of(labels, operands.num_rows)
     target_logit = logits.gather(1, labels[:, None])[:, 0]
     top = logits.amax(dim=1)
     others = (logits - top[:, None]).exp().scatter(1, labels[:, None], 0.0).sum(dim=1)
@@ -86,13 +87,14 @@ def backward(
 
 
 def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """The logits, [N, V], and `tanh` inside the softcap for its derivative."""
+    """The logits of all ranks, [N, V], and `tanh` inside the softcap for its derivative."""
     dtype = accumulation_dtype(operands.inputs[0].dtype)
     pairs = zip(operands.inputs, operands.weights, strict=True)
     products = [hidden.to(dtype) @ weight.to(dtype).T for hidden, weight in pairs]
     logits = torch.stack(products).sum(dim=0) if len(products) > 1 else products[0]
     if operands.bias is not None:
         logits = logits + operands.bias.to(dtype)
+    logits = operands.shard.columns(logits)
     logits = logits * operands.logit_scale
     if operands.softcap is None:
         return logits, None
@@ -109,7 +111,8 @@ def _dlogits(
     g_smooth: Tensor | None,
     g_entropy: Tensor | None,
 ) -> Tensor:
-    """The gradient of the row objective with respect to `X W^T + bias`, [N, V]."""
+    """The gradient of the row objective with respect to `X W^T + bias`, [N, rows here]."""
+    labels = operands.shard.classes_of(labels, operands.num_rows)
     logits, squashed = _logits(operands)
     log_probs = logits.log_softmax(dim=1)
     probs = logits.softmax(dim=1)
@@ -132,7 +135,8 @@ def _dlogits(
         dlogits = dlogits - g_entropy[:, None] * probs * shifted
     if squashed is not None:
         dlogits = dlogits * (1 - squashed * squashed)
-    return dlogits * operands.logit_scale
+    first = operands.shard.first
+    return (dlogits * operands.logit_scale)[:, first : first + operands.num_rows]
 
 
 def _products(operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool) -> list[Tensor]:
@@ -140,7 +144,7 @@ def _products(operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool
     dtype = dlogits.dtype
     inputs, weights, bias = operands.inputs, operands.weights, operands.bias
     dinputs = [
-        dlogits @ weight.to(dtype) if need else dlogits.new_empty(0)
+        operands.shard.sum(dlogits @ weight.to(dtype)) if need else dlogits.new_empty(0)
         for weight, need in zip(weights, needs.inputs, strict=True)
     ]
     dweights = [

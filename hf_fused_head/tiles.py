@@ -49,7 +49,7 @@ class Tally:
 
         Args:
             operands: The head; softcap and class weights matter here.
-            labels: [rows] int64.
+            labels: [rows] int64, columns of this rank's logits or beyond them.
             like: Any tensor of the dtype and device of the tiles.
             smooth: Whether to sum the logits for label smoothing.
             entropy: Whether to sum what the entropy needs.
@@ -57,8 +57,8 @@ class Tally:
         num_rows = labels.shape[0]
         self.labels = labels
         self.softcap = operands.softcap
-        self.class_weight = operands.class_weight
-        self.vocab_size = operands.weights[0].shape[0]
+        self.class_weight = operands.part_weight
+        self.operands = operands
         # The lowest finite number: -inf minus -inf would be nan for columns that a bias masks.
         self.top = like.new_full((num_rows,), torch.finfo(like.dtype).min)
         self.target = like.new_full((num_rows,), float("-inf"))
@@ -134,29 +134,50 @@ class Tally:
         # Relative to one anchor per row, near its maximum: a common shift of the logits drops out.
         self.weighted[rows] += part + (self.top[rows] - self.first_top[rows]) * total
 
-    def total(self) -> Tensor:
-        """Sum of `exp(z - top)` over all columns, target included, [rows]."""
-        return self.others + (self.target - self.top).exp()
+    def finish(self, want_correct: bool) -> tuple[RowStats, Tensor]:
+        """Once every column was seen: statistics, and the p of each of the exponents, [rows].
 
-    def finish(self, want_correct: bool) -> RowStats:
-        """The statistics, once every column was seen."""
-        gap = self.top - self.target
-        total = self.total()
-        near = torch.log1p(self.others * gap.exp())
+        `p_j` is that factor times what `absorb` returned.
+        """
+        shard, columns, dtype = self.operands.shard, self.operands.num_rows, self.top.dtype
+        here = self.labels < columns
+        target = shard.sum(torch.where(here, self.target, 0.0))
+        reference, others = (t.to(WIDEST) for t in shard.merged(self.top, self.others, target))
+        own_top = self.top.to(WIDEST)
+        gap = reference - target
+        total = others + (-gap).exp()
+        near = torch.log1p(others * gap.exp())
         nll = torch.where(gap < 1.0, near, gap + total.log())
-        log_total = torch.log1p(self.others + torch.expm1(-gap))
-        smooth, entropy, correct = gap.new_empty(0), gap.new_empty(0), gap.new_empty(0).bool()
+        log_total = torch.log1p(others + torch.expm1(-gap))
+        share = (own_top - reference).exp() / total
+        # lse - top of this rank: what follows from sums around the top, without cancellation.
+        above = log_total + (reference - own_top)
+        sums = {}
         if self.weighted is not None and self.first_top is not None:
-            total_weight = class_total(self.class_weight, self.vocab_size)
-            relative = log_total + (self.top - self.first_top)
-            smooth = (relative * total_weight - self.weighted) / self.vocab_size
+            above_first = above + (own_top - self.first_top)
+            part = above_first * class_total(self.class_weight, columns) - self.weighted
+            sums["smooth"] = part / self.operands.vocab_size
         if self.spread is not None:
-            entropy = log_total - self.spread / total
+            seen = self.others + (self.target - self.top).exp()
+            sums["entropy"] = share * (above * seen - self.spread)
         if want_correct:
-            correct = self.best == self.labels
-        lse = self.top + log_total
-        correction = ((lse - self.top).to(WIDEST).exp() / total).to(lse.dtype)
-        return RowStats(nll, lse, smooth, entropy, correct, correction)
+            # Of equal logits the first one counts as the prediction.
+            later = shard.classes_of(self.labels, columns) >= shard.first + columns
+            ahead = (self.top > target) | ((self.top == target) & later)
+            sums["wrong"] = torch.where(here, self.best != self.labels, ahead)
+        if sums:
+            values = shard.sum(torch.stack([value.to(dtype) for value in sums.values()]))
+            sums = dict(zip(sums, values, strict=True))
+        lse = (reference + log_total).to(dtype)
+        stats = RowStats(
+            nll.to(dtype),
+            lse,
+            sums.get("smooth", target.new_empty(0)),
+            sums.get("entropy", target.new_empty(0)),
+            sums["wrong"] == 0 if want_correct else target.new_empty(0).bool(),
+            ((lse - reference).exp() / total).to(dtype),
+        )
+        return stats, share.to(dtype)
 
 
 class RowGradient(NamedTuple):
@@ -187,7 +208,7 @@ def row_gradient(
     g_entropy: Tensor | None,
 ) -> RowGradient:
     """Row factors of `sum g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
-    vocab_size, scale = operands.weights[0].shape[0], operands.logit_scale
+    vocab_size, scale = operands.vocab_size, operands.logit_scale
     class_weight = operands.class_weight
     alpha = g_nll if g_lse is None else g_nll + g_lse
     gamma = None
@@ -198,7 +219,8 @@ def row_gradient(
     prob = (-stats.nll).exp()
     target = (alpha - g_nll) * prob + g_nll * torch.expm1(-stats.nll)
     if gamma is not None:
-        target = target - (gamma if class_weight is None else gamma * class_weight[labels])
+        classes = operands.shard.classes_of(labels, operands.num_rows)
+        target = target - (gamma if class_weight is None else gamma * class_weight[classes])
     if g_entropy is not None:
         surprise = torch.where(prob > 0, prob * (stats.nll - stats.entropy), 0.0)
         target = target + g_entropy * surprise
@@ -247,7 +269,7 @@ def finish_gradient(
         first: Vocabulary index of the first column.
         scratch: Memory beside the block.
     """
-    columns = block.shape[1]
+    columns, class_weight = block.shape[1], operands.part_weight
     entr = None
     if gradient.eta is not None:
         entr = torch.special.entr(exps, out=scratch.block(1, *block.shape))
@@ -255,10 +277,10 @@ def finish_gradient(
     if entr is not None and gradient.eta is not None:
         exps.addcmul_(entr, gradient.eta[:, None])
     if gradient.gamma is not None:
-        if operands.class_weight is None:
+        if class_weight is None:
             exps.sub_(gradient.gamma[:, None])
         else:
-            exps.addr_(gradient.gamma, operands.class_weight[first : first + columns], alpha=-1)
+            exps.addr_(gradient.gamma, class_weight[first : first + columns], alpha=-1)
     column, inside = locate(labels, first, columns)
     write_target(exps, column, inside, gradient.target)
     if operands.softcap is not None:

@@ -115,8 +115,8 @@ def remove_patch(model: Model) -> Model:
     """
     target = neighbours.unwrapped(model)
     if isinstance(target, nn.Module):
-        neighbours.decompose(target)
         for module in list(swap.swapped_modules(target)):
+            neighbours.decompose(module)
             swap.restore(module)
     return model
 
@@ -255,6 +255,22 @@ def _adopt(head: nn.Module, state: PatchState) -> None:
     if obstacle is not None:
         raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
     swap.swap(head, fused_head_class, state)
+    neighbours.compose(head, _answer)
+
+
+def _answer(
+    head: Any,
+    state: PatchState,
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The forward of a head that has one on the instance, tensor parallelism's, `stock`."""
+    call = state.current()
+    if call is None or call.head is not head:
+        return stock(*args, **kwargs)
+    base = type(head)._fused_base
+    return call.answer(kind_of(base), base.forward, args, kwargs)
 
 
 @functools.cache
@@ -346,7 +362,7 @@ def _run(
         return _open(model, state, arguments).run(stock, args, kwargs)
     except UnsupportedModelError as error:
         # A compiler that broke its graph here would go on to compile the way back to stock.
-        refused = torch.compiler.disable(_refused)
+        refused: Any = torch.compiler.disable(_refused)
         return refused(model, state, error, stock, args, kwargs)
 
 

@@ -20,6 +20,7 @@ from .logits_source import LogitsSource
 from .registry import Facts
 from .settings import LossSettings
 from .state import LastForward, PatchState, call_key
+from .tensor_parallel import whole_hidden
 from .trace import HeadTrace, observed_facts, same_facts
 
 
@@ -114,7 +115,7 @@ class Call:
                 f"the head must be called with the hidden states alone, got {len(args)} arguments "
                 f"and keywords {sorted(kwargs)}: leave this model stock (remove_patch)"
             )
-        hidden = args[0]
+        hidden = whole_hidden(args[0])
         target = self._target(hidden)
         verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
         result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
@@ -126,7 +127,7 @@ class Call:
         unreadable = self.replica and torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not unreadable:
             self.source = LogitsSource(
-                self.head, hidden, shape, hidden.device, self.state.suspended
+                self.head, args[0], shape, hidden.device, self.state.suspended
             )
         return HeadTrace(self.loss, self, shape, result.dtype, hidden.device)
 
@@ -187,6 +188,7 @@ class Call:
             hidden.dtype,
             hidden.device,
             result.kind,
+            result.ranks,
             torch.is_grad_enabled() and hidden.requires_grad,
             torch.is_grad_enabled() and any(p.requires_grad for p in self.head.parameters()),
         )

@@ -24,6 +24,7 @@ from .chunked import check_rows, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
 from .settings import LossSettings
+from .tensor_parallel import head_rows, is_spread
 
 LINEAR = "linear"
 CONV1D = "conv1d"
@@ -38,6 +39,7 @@ class HeadLoss(NamedTuple):
     vocab_size: int
     dtype: torch.dtype
     kind: str
+    ranks: int = 1  # that share the head's rows
 
 
 class LinearOperands(NamedTuple):
@@ -45,6 +47,8 @@ class LinearOperands(NamedTuple):
 
     pairs: list[tuple[Tensor, Tensor]]
     bias: Tensor | None
+    vocab_size: int
+    group: Any = None  # of the ranks that share the rows
 
 
 def kind_of(cls: type) -> str:
@@ -105,7 +109,8 @@ def head_loss(
         verify_rows: Try out that a module that is not taken apart treats every token by itself.
 
     Raises:
-        UnsupportedModelError: If the weight is sharded here, or the head mixes tokens.
+        UnsupportedModelError: If the weight is spread over ranks in another way than by rows, or
+            the head mixes tokens.
     """
     operands = _operands(kind, head, hidden)
     if operands is None:
@@ -126,13 +131,15 @@ def head_loss(
         num_items=settings.num_items,
         impl=settings.impl,
         memory_budget_mib=settings.memory_budget_mib,
+        process_group=operands.group,
         stats=settings.stats,
     )
     if torch.compiler.is_compiling():
         dtype = weight.dtype
     else:
         dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
-    return HeadLoss(stats, weight.shape[0], dtype, kind)
+    ranks = 1 if operands.group is None else operands.group.size()
+    return HeadLoss(stats, operands.vocab_size, dtype, kind, ranks)
 
 
 def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
@@ -146,17 +153,21 @@ def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
 
 def _linear_operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
     weight, bias = head.weight, head.bias
-    if type(weight).__name__ == "DTensor":
-        raise UnsupportedModelError(
-            "the head's weight is sharded inside its own forward (DTensor): tensor parallel heads "
-            "are not supported, leave lm_head out of the plan or the model stock (remove_patch)"
-        )
+    if is_spread(weight):
+        rows = head_rows(weight, bias)
+        if kind == CONV1D:
+            raise UnsupportedModelError(
+                "a Conv1D head must not be spread over ranks: leave it out of the plan or the "
+                "model stock (remove_patch)"
+            )
+        return LinearOperands([(hidden, rows.weight)], rows.bias, weight.shape[0], rows.group)
     # A quantised weight is a tensor subclass or no float: only the layer knows how to use it.
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return None
     if weight.dim() != 2:
         return None
-    return LinearOperands([(hidden, weight.t() if kind == CONV1D else weight)], bias)
+    rows = weight.t() if kind == CONV1D else weight
+    return LinearOperands([(hidden, rows)], bias, rows.shape[0])
 
 
 def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:
@@ -170,7 +181,7 @@ def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:
     operands = _linear_operands(base_kind, base, hidden)
     if operands is None or head.disable_adapters or head.merged:
         return operands
-    pairs, bias = operands
+    pairs, bias = list(operands.pairs), operands.bias
     adapted = hidden
     for name in head.active_adapters:
         if name not in head.lora_A:
@@ -188,7 +199,7 @@ def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:
         if second.bias is not None:
             extra = (second.bias * scaling).to(dtype)
             bias = extra if bias is None else bias + extra
-    return LinearOperands(pairs, bias)
+    return operands._replace(pairs=pairs, bias=bias)
 
 
 def base_kind_of(module: nn.Module) -> str | None:

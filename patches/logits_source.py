@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .errors import LogitsUnavailableError
-from .neighbours import is_sharded
+from .tensor_parallel import layout_of, whole_logits
 from .trace import Step, replay
 
 REMEDY = (
@@ -95,6 +95,8 @@ class LogitsSource:
         self.hidden_version = _version(hidden)
         self.obstacle = _random_obstacle(head)
         self.state = HeadState.of(head)
+        # Inside its forward a head is as spread over ranks as the forward can deal with.
+        self.layouts = _layouts(head)
         self.output: Tensor | None = None
         self.requires_grad = self.mode.grad_enabled and (
             hidden.requires_grad or any(p.requires_grad for p in head.parameters())
@@ -114,7 +116,7 @@ class LogitsSource:
             raise LogitsUnavailableError(f"these logits were dropped: {REMEDY}")
         self._check(head, hidden)
         with self.mode.restored(), self.suspended():
-            output: Tensor = head.forward(hidden)
+            output = whole_logits(head.forward(hidden))
         self.head = self.hidden = None
         self.output = output
         return output
@@ -127,6 +129,8 @@ class LogitsSource:
 
     def _check(self, head: nn.Module, hidden: Tensor) -> None:
         reason = self.obstacle or self.state.difference(HeadState.of(head))
+        if _layouts(head) != self.layouts:
+            reason = "the head's parameters are sharded outside its forward"
         if reason is None and _version(hidden) != self.hidden_version:
             reason = "the hidden states were changed in place since the forward"
         if reason is not None:
@@ -153,7 +157,7 @@ class HeadState(NamedTuple):
 
     def difference(self, other: HeadState) -> str | None:
         """Why `other` would give other logits; None when it would not."""
-        if any(is_sharded(tensor) for tensor, _ in other.parameters):
+        if any(hasattr(tensor, "ds_numel") for tensor, _ in other.parameters):
             return "the head's parameters are sharded outside its forward"
         if len(self.parameters) != len(other.parameters) or any(
             mine is not theirs
@@ -173,6 +177,11 @@ class HeadState(NamedTuple):
 def _version(tensor: Tensor) -> int:
     # Tensors made under inference mode keep no version; they cannot be trained either.
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _layouts(head: nn.Module) -> list[tuple[Any, ...]]:
+    """How the head's parameters are spread over ranks, by tensor parallelism or by FSDP2."""
+    return [layout_of(parameter) for parameter in head.parameters()]
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:

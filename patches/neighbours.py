@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .swap import STATE, is_bound_forward, swapped_class
+from .tensor_parallel import gathers_logits
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
 # A package counts with those whose names go on from its own: unsloth_compiled_module_llama.
@@ -30,8 +31,9 @@ class ComposedForward:
     """A forward on the instance, where a class swap does not reach, inside ours.
 
     accelerate's mixed precision puts the model's forward there, wrapped in autocast, before the
-    patch or after it. It stays in use, as `inner`, and comes back with `remove_patch`. Whatever it
-    is, a pass with labels through it is held to a loss out of the head.
+    patch or after it, and transformers' tensor parallelism the head's, between a cut and a
+    gathering. It stays in use, as `inner`, and comes back with `remove_patch`. Whatever it is, a
+    pass with labels through it is held to a loss out of the head.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
     forward = module.__dict__.get("forward")
     if forward is None or isinstance(forward, ComposedForward) or has_device_hook(module):
         return None
-    if is_bound_forward(module, forward):
+    if is_bound_forward(module, forward) or gathers_logits(forward):
         return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]

@@ -36,7 +36,8 @@ class PatchReport:
         bias: Whether the head has a bias.
         tied: Whether the head shares its weight with the input embeddings.
         wrapper: What is around the head's weight: "none", "LoRA", the name of a class, ...
-        sharding: "none", or the placements of the head's weight.
+        sharding: "none", or the placements of the head's weight, and after a forward that shared
+            its rows the number of ranks.
         kernel: The engine that computes the loss, and why.
         schedule: How the last fused forward ran; "" before it.
     """
@@ -143,7 +144,7 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
         bias=getattr(base, "bias", None) is not None,
         tied=weight is not None and getattr(embeddings, "weight", None) is weight,
         wrapper=_wrapper(outer, head),
-        sharding=_sharding(weight),
+        sharding=_sharding(weight, state.last),
         kernel=_kernel(state, weight, head),
         schedule=_schedule(state, state.last),
     )
@@ -170,9 +171,14 @@ def _stock_name(module: nn.Module) -> str:
     return tuner + cls.__name__
 
 
-def _sharding(weight: Any) -> str:
+def _sharding(weight: Any, last: LastForward | None) -> str:
     placements = getattr(weight, "placements", None)
-    return "none" if placements is None else ", ".join(str(place) for place in placements)
+    if placements is None:
+        return "none"
+    spelled = ", ".join(str(place) for place in placements)
+    if last is None or last.ranks == 1:
+        return spelled
+    return f"{spelled}, vocabulary parallel on {last.ranks} ranks"
 
 
 def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
@@ -200,7 +206,8 @@ def _schedule(state: PatchState, last: LastForward | None) -> str:
     chosen = plan(
         num_tokens=last.num_tokens,
         hidden_size=last.hidden_size,
-        vocab_size=last.vocab_size,
+        # Of the rank that has most rows: all ranks plan with it.
+        vocab_size=-(-last.vocab_size // last.ranks),
         dtype=last.dtype,
         impl=resolve_impl(state.options.impl, last.device, last.dtype).impl,
         device_type=last.device.type,

@@ -31,6 +31,7 @@ class LastForward(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     kind: str
+    ranks: int  # that share the head's rows
     grad_hidden: bool
     grad_weight: bool
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedModelError
+from .tensor_parallel import check_gathered
 
 if TYPE_CHECKING:
     from .call import Call
@@ -183,6 +184,18 @@ class HeadTrace:
         return moved
 
     def contiguous(self) -> HeadTrace:
+        return self
+
+    # torch's tensor parallelism asks a head's output for its layout, and gathers it.
+    @property
+    def placements(self) -> None:
+        return None
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = (), **_: Any) -> HeadTrace:
+        check_gathered(placements)
+        return self
+
+    def to_local(self) -> HeadTrace:
         return self
 
     def view(self, *sizes: Any) -> Any:

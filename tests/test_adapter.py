@@ -604,11 +604,11 @@ def test_fsdp2_gathers_the_head_for_both_passes(
     assert isinstance(model(**inputs).logits, Tensor)
 
 
-def test_a_head_sharded_inside_its_forward_is_refused(one_process: Any) -> None:
+def test_a_head_cut_along_its_columns_is_refused(one_process: Any) -> None:
     model = apply_patch(build("llama", tie_word_embeddings=False))
-    sharded = distribute_tensor(model.lm_head.weight.detach(), one_process, [Shard(0)])
+    sharded = distribute_tensor(model.lm_head.weight.detach(), one_process, [Shard(1)])
     model.lm_head.weight = nn.Parameter(sharded)
-    with pytest.raises(UnsupportedModelError, match="DTensor"):
+    with pytest.raises(UnsupportedModelError, match="must be a DTensor with placement Shard"):
         model(**batch(model))
 
 

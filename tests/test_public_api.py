@@ -11,7 +11,7 @@ import hf_fused_head
 
 LOSS_KEYWORDS = [
     "linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "logit_scale",
-    "softcap", "z_loss", "num_items", "impl", "memory_budget_mib",
+    "softcap", "z_loss", "num_items", "impl", "memory_budget_mib", "process_group",
 ]  # fmt: skip
 SIGNATURES = {
     "linear_cross_entropy": ["input", "linear_weight", "target", *LOSS_KEYWORDS],

@@ -59,6 +59,8 @@ def _store_sums(
         other = (offs_v < vocab_size)[None, :] & (at_label == 0)
         tl.store(best_ptr + place, tl.max(tl.where(other, logits, float("-inf")), 1), mask=mask_t)
         here = mask_t & (labels >= tl.min(offs_v, 0)) & (labels <= tl.max(offs_v, 0))
+        # A label beyond V is another rank's.
+        here = here & (labels < vocab_size)
         tl.store(target_ptr + offs_t, tl.sum(tl.where(at_label, logits, 0.0), 1), mask=here)
 
 

@@ -20,7 +20,7 @@ class Head(NamedTuple):
     low: Tensor | None  # [T, R]
     low_weight: Tensor | None  # [V, R]
     bias: Tensor | None  # [V]
-    class_weight: Tensor | None  # [V]
+    class_weight: Tensor | None  # [V], of the rows that are here
     logit_scale: float
     softcap: float | None
 
@@ -144,6 +144,14 @@ class Totals(NamedTuple):
     hidden: list[Tensor | None]  # [T, H_i] a pair
     weight: list[Tensor | None]  # [V, H_i] a pair
     bias: Tensor | None  # [V]
+
+    def only_hidden(self) -> Totals:
+        """Nothing but the hidden states'."""
+        return Totals(self.hidden, [None] * len(self.weight), None)
+
+    def without_hidden(self) -> Totals:
+        """All but the hidden states'."""
+        return self._replace(hidden=[None] * len(self.hidden))
 
     def rows(self, rows: slice) -> Totals:
         """The part of a chunk of tokens."""

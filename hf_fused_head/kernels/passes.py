@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
 from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.operands import (
@@ -20,7 +21,7 @@ from hf_fused_head.kernels.operands import (
     Totals,
 )
 from hf_fused_head.kernels.rows import launch_anchor
-from hf_fused_head.kernels.statistics import launch_finish
+from hf_fused_head.kernels.statistics import OVERFLOW, launch_finish
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
 
 # Chunks and windows are whole multiples of this: row tiles stay whole, row strides aligned.
@@ -40,6 +41,8 @@ class Call(NamedTuple):
     allow_tf32: bool  # for float32 products
     sums_bytes: int  # the most memory that the row sums of a pass may take
     attempt: Attempt | None = None  # until the host knows which labels count
+    shard: VocabShard = WHOLE
+    class_weight: Tensor | None = None  # of the whole vocabulary
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +50,13 @@ class Call(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the head that are here."""
         return self.head.weight.shape[0]
+
+    @property
+    def vocab_total(self) -> int:
+        """Rows of the head on all ranks."""
+        return self.shard.total(self.vocab_size)
 
     def rows(self, rows: slice) -> Call:
         return self._replace(head=self.head.rows(rows), labels=self.labels[rows])
@@ -74,9 +83,9 @@ class Call(NamedTuple):
 
     def class_total(self) -> Tensor:
         """Sum of the class weights, or V: [1] float32."""
-        if self.head.class_weight is not None:
-            return self.head.class_weight.sum(dtype=torch.float32).reshape(1)
-        return torch.full((1,), float(self.vocab_size), device=self.labels.device)
+        if self.class_weight is not None:
+            return self.class_weight.sum(dtype=torch.float32).reshape(1)
+        return torch.full((1,), float(self.vocab_total), device=self.labels.device)
 
 
 def statistics(
@@ -97,7 +106,9 @@ def statistics(
     """
     num_tiles = cdiv(call.vocab_size, call.config.block_v)
     kinds = 1 + sum(t is not None for t in (outputs.smooth, outputs.entropy, outputs.correct))
-    most = call.sums_bytes // (4 * kinds * num_tiles) // MULTIPLE * MULTIPLE
+    # The rows that the ranks speak about at once are those that the largest of them can hold.
+    tiles_held = cdiv(call.shard.largest(call.vocab_size), call.config.block_v)
+    most = call.sums_bytes // (4 * kinds * tiles_held) // MULTIPLE * MULTIPLE
     anchor = call.empty(call.num_tokens)
     for rows in _slices(call.num_tokens, max(MULTIPLE, min(most, _STATISTICS_ROWS))):
         _row_statistics(
@@ -132,23 +143,83 @@ def _row_statistics(
         tiles(outputs.entropy is not None),
         tiles(outputs.smooth is not None),
         tiles(best),
-        call.empty(num_tokens) if best else None,
+        torch.zeros_like(anchor) if best else None,
     )
     launch_anchor(head, labels, anchor)
+    call.shard.sum(anchor)
+    _exponents(call, anchor, sums, store)
+    if call.attempt is not None and not call.attempt.goes_on():
+        raise Abandoned
+    shift, sums = _of_all_ranks(call, anchor, sums, store)
+    class_total = None if outputs.smooth is None else call.class_total()
+    rest = (class_total, weights, outputs, store, call.allow_tf32)
+    launch_finish(head, labels, shift, anchor, sums, call.vocab_total, *rest)
+
+
+def _exponents(call: Call, shift: Tensor, sums: RowSums, store: Tensor | None) -> None:
+    """Row sums of every tile around `shift`, and the exponents of the columns that are kept."""
+    head, labels = call.head, call.labels
     kept = 0 if store is None else store.shape[1]
     skip = None if call.attempt is None else call.attempt.many_ignored
     run = (call.config, call.allow_tf32, skip)
     if store is not None:
         kept_sums = sums.tiles(slice(0, cdiv(kept, call.config.block_v)))
-        launch_exponents(head.window(slice(0, kept)), labels, 0, anchor, kept_sums, store, *run)
+        launch_exponents(head.window(slice(0, kept)), labels, 0, shift, kept_sums, store, *run)
     if kept < call.vocab_size:
         rest_sums = sums.tiles(slice(kept // call.config.block_v, None))
         rest = head.window(slice(kept, None))
-        launch_exponents(rest, labels, kept, anchor, rest_sums, None, *run)
-    if call.attempt is not None and not call.attempt.goes_on():
-        raise Abandoned
-    class_total = None if outputs.smooth is None else call.class_total()
-    launch_finish(head, labels, anchor, sums, class_total, weights, outputs, store, call.allow_tf32)
+        launch_exponents(rest, labels, kept, shift, rest_sums, None, *run)
+
+
+def _of_all_ranks(
+    call: Call, anchor: Tensor, sums: RowSums, store: Tensor | None
+) -> tuple[Tensor, RowSums]:
+    """What the sums are made around, and those of all ranks; on one rank there is nothing to do.
+
+    A row whose sum overflows on all ranks together is made again around the largest logit: two
+    passes more, in a run whose losses pass 44 nats. The host waits for the answer.
+    """
+    if call.shard.group is None:
+        return anchor, sums
+    merged = _merged(call, sums)
+    far = merged.total[0] > OVERFLOW
+    if not bool(far.any()):
+        return anchor, merged
+    call = call._replace(attempt=None)
+    best = torch.empty_like(sums.total)
+    _exponents(call, anchor, sums._replace(best=best, target=torch.zeros_like(anchor)), None)
+    peak = torch.maximum(call.shard.max(best.amax(dim=0)), anchor)
+    shift = torch.where(far, peak, anchor)
+    _exponents(call, shift, sums, store)
+    return shift, _merged(call, sums)
+
+
+def _merged(call: Call, sums: RowSums) -> RowSums:
+    """The sums of all tiles of all ranks, told as those of one tile; see `RowSums`."""
+    shard, wide = call.shard, sums.total.double()
+    own = wide.sum(dim=0)
+    total = shard.sum(own.float())
+    parts = []
+    if sums.entropy is not None:
+        inside = (sums.entropy + _level(sums.total) * wide).sum(dim=0)
+        parts.append((inside - _level(total) * own).float())
+    if sums.smooth is not None:
+        parts.append(sums.smooth.double().sum(dim=0).float())
+    if sums.target is not None:
+        parts.append(sums.target)
+    more = iter(shard.sum(torch.stack(parts)) if parts else ())
+    return RowSums(
+        total[None],
+        None if sums.entropy is None else next(more)[None],
+        None if sums.smooth is None else next(more)[None],
+        None if sums.best is None else shard.max(sums.best.amax(dim=0))[None],
+        None if sums.target is None else next(more),
+    )
+
+
+def _level(total: Tensor) -> Tensor:
+    """What `level_of` in the kernels says, in float64."""
+    return torch.where((total > 0) & total.isfinite(), total.log(), 0.0).double()
 
 
 def chunk_gradients(
@@ -180,17 +251,30 @@ def chunk_gradients(
         part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
         statistics(part, part_weights, part_outputs, store)
         call = call._replace(attempt=None)
-        part_totals = totals.rows(rows)
-        stored_gradients(
+        made = (
             part.head,
             store[: part.num_tokens + extra],
             _factor(part_outputs),
             _gamma(part, part_weights.smooth),
-            part_totals,
-            # The rows of dX are written last: until then they hold the scaled hidden states.
-            part_totals.hidden,
-            accumulate=rows.start > 0,
         )
+        part_results = totals.rows(rows)
+        if call.shard.group is None:
+            # The rows of dX are written last: until then they hold the scaled hidden states.
+            scratch = part_results.hidden
+            stored_gradients(*made, part_results, scratch, accumulate=rows.start > 0)
+            continue
+        # dX first: the ranks sum their parts of it while the product of dW runs.
+        scratch = [None] * len(results.hidden)
+        part_totals = part_results._replace(
+            hidden=[_accumulator(t, True) for t in part_results.hidden]
+        )
+        stored_gradients(*made, part_totals.only_hidden(), scratch, accumulate=False)
+        waits = [call.shard.start_sum(t) for t in part_totals.hidden if t is not None]
+        rest = part_totals.without_hidden()
+        stored_gradients(*made, rest, scratch, accumulate=rows.start > 0)
+        for wait in waits:
+            wait()
+        _copy(part_totals.hidden, part_results.hidden)
     _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
 
 
@@ -269,7 +353,7 @@ def recomputed_gradients(
     half = call.head.hidden.dtype == torch.float16
     accumulate = totals is not None
     if totals is None:
-        several = half or len(windows) > 1
+        several = half or len(windows) > 1 or call.shard.group is not None
         totals = results._replace(hidden=[_accumulator(t, several) for t in results.hidden])
     unscale = None
     if half:
@@ -292,6 +376,9 @@ def recomputed_gradients(
             unscale,
         )
         accumulate = True
+    for total in totals.hidden:
+        if total is not None:
+            call.shard.sum(total)
     _copy(totals.hidden, results.hidden, unscale)
 
 
@@ -299,7 +386,8 @@ def _in_half_range(call: Call, gradient: RowGradient) -> tuple[RowGradient, Tens
     """Row factors whose gradients fit float16's range, and the scalar that undoes it."""
     terms = [gradient.alpha.abs(), gradient.target.abs()]
     if gradient.gamma is not None:
-        terms.append(gradient.gamma.abs() * call.head.class_weights().max())
+        largest = 1.0 if call.class_weight is None else call.class_weight.max()
+        terms.append(gradient.gamma.abs() * largest)
     if gradient.eta is not None and gradient.entropy is not None:
         # p log p lies in [-1/e, 0], and p times the entropy below the entropy.
         terms.append(gradient.eta.abs() * (gradient.entropy + 1.0))
@@ -339,7 +427,7 @@ def row_gradient(
     """
     alpha, eta, gamma = g_nll + g_lse, g_entropy, None
     if g_smooth is not None:
-        gamma = g_smooth / call.vocab_size
+        gamma = g_smooth / call.vocab_total
         alpha = alpha + gamma * call.class_total()
     # alpha p - beta, with 1 - p from the loss: a confident row keeps its digits.
     label_p = torch.exp(-nll)
@@ -366,7 +454,7 @@ def _gamma(call: Call, smooth_weight: Tensor | None) -> Tensor | None:
     """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
     if smooth_weight is None:
         return None
-    gamma = smooth_weight * (call.head.logit_scale / call.vocab_size)
+    gamma = smooth_weight * (call.head.logit_scale / call.vocab_total)
     return gamma.masked_fill_(call.labels < 0, 0.0)
 
 

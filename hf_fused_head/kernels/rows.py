@@ -51,7 +51,7 @@ def _dot(hidden_ptr, weight_ptr, size, BLOCK_H: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_size"])
 def _anchor_kernel(
     hidden_ptr,
     weight_ptr,
@@ -62,6 +62,7 @@ def _anchor_kernel(
     anchor_ptr,
     logit_scale,
     softcap,
+    vocab_size,
     hidden_size,
     rank,
     stride_hidden_t,
@@ -73,12 +74,16 @@ def _anchor_kernel(
 ):
     """Program t owns row t: writes the logit of its label, a dot product of H terms.
 
-    Infinity where no label counts: every exponent of such a row is then exp(-inf), zero.
+    Infinity where no label counts: every exponent of such a row is then exp(-inf), zero. Zero where
+    another rank has the label, which adds it.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     if label < 0:
         tl.store(anchor_ptr + row, float("inf"))
+        return
+    if label >= vocab_size:
+        tl.store(anchor_ptr + row, 0.0)
         return
     logit = _dot(
         hidden_ptr + row * stride_hidden_t,
@@ -163,11 +168,11 @@ def launch_count(labels: Tensor, ignore_index: int, vocab_size: int) -> tuple[Te
 
 
 def launch_anchor(head: Head, labels: Tensor, anchor: Tensor) -> None:
-    """Writes the logit of every row's label, infinity for a row without one.
+    """Writes the logit of every row's label, infinity for a row without one, 0 for another rank's.
 
     Args:
         head: See `Head`.
-        labels: [T] int64 in [0, V), negative where none counts.
+        labels: [T] int64 in [0, V), beyond for another rank's, negative where none counts.
         anchor: [T] float32, written.
     """
     low, low_weight = head.low, head.low_weight
@@ -183,6 +188,7 @@ def launch_anchor(head: Head, labels: Tensor, anchor: Tensor) -> None:
         anchor,
         float(head.logit_scale),
         head.softcap,
+        head.weight.shape[0],
         hidden_size,
         rank,
         head.hidden.stride(0),

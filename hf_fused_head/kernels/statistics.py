@@ -13,7 +13,8 @@ from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_
 
 # Above this sum of exp(z - z_y), 44 nats of loss, a row is made again around its maximum: exponents
 # and their products with weights stay far inside bfloat16's and float32's range.
-_OVERFLOW = tl.constexpr(2.0**64)
+OVERFLOW = 2.0**64
+_OVERFLOW = tl.constexpr(OVERFLOW)
 
 
 @triton.jit
@@ -101,6 +102,7 @@ def _finish_kernel(
     smooth_sum_ptr,
     best_ptr,
     target_logit_ptr,
+    shift_ptr,
     anchor_ptr,
     class_total_ptr,
     nll_weight_ptr,
@@ -150,6 +152,7 @@ def _finish_kernel(
         if best_ptr is not None:
             tile_best = tl.load(best_ptr + place, mask=mask, other=float("-inf"))
             best = tl.maximum(best, tile_best)
+    shift = tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
     anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
     counts = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) >= 0
     sums = tl.sum(total, 0)
@@ -158,7 +161,7 @@ def _finish_kernel(
         mask_t,
         sums,
         tl.sum(entropy_sum, 0),
-        anchor,
+        shift,
         anchor,
         class_total_ptr,
         vocab_size,
@@ -180,8 +183,10 @@ def _finish_kernel(
     tl.store(overflowed_ptr + offs_t, overflowed.to(tl.int32), mask=mask_t)
     if smooth_ptr is not None:
         # The part of an overflowed row's loss is added by the kernel that makes its loss.
-        nll = tl.where(overflowed, 0.0, _log1p(sums))
-        smooth = (tl.load(class_total_ptr) * nll - tl.sum(smooth_sum, 0)) / vocab_size
+        offset = tl.where(counts, anchor - shift, 0.0)
+        above = tl.where(offset == 0.0, _log1p(sums), tl.log(sums + tl.exp2(offset * LOG2E)))
+        above = tl.where(overflowed, 0.0, above)
+        smooth = (tl.load(class_total_ptr) * above - tl.sum(smooth_sum, 0)) / vocab_size
         tl.store(smooth_ptr + offs_t, tl.where(counts, smooth, 0.0).to(tl.float32), mask=mask_t)
     if correct_ptr is not None:
         target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t & counts, other=float("-inf"))
@@ -405,8 +410,10 @@ def _overflow_kernel(
 def launch_finish(
     head: Head,
     labels: Tensor,
+    shift: Tensor,
     anchor: Tensor,
     sums: RowSums,
+    vocab_size: int,
     class_total: Tensor | None,
     weights: RowWeights | None,
     outputs: RowOutputs,
@@ -419,10 +426,12 @@ def launch_finish(
     no row needs it.
 
     Args:
-        head: The whole vocabulary.
+        head: All rows that are here.
         labels: [T] int64, negative where none counts.
-        anchor: [T] float32 from `launch_anchor`.
-        sums: Row sums of every vocabulary tile.
+        shift: [T] float32, what the sums were made around: the anchor, or a larger logit.
+        anchor: [T] float32, the logit of the label.
+        sums: Row sums of every vocabulary tile, of all ranks.
+        vocab_size: Rows of the head on all ranks.
         class_total: [1] float32, sum of the class weights, or V; needed with smoothing only.
         weights: The objective; None when no gradient is made.
         outputs: Written; nothing in it needs to be zeroed.
@@ -430,13 +439,14 @@ def launch_finish(
             label entries are written here; None when no gradient is made.
         allow_tf32: As in `launch_exponents`.
     """
-    num_tokens, vocab_size = labels.shape[0], head.weight.shape[0]
+    num_tokens = labels.shape[0]
     nll_weight, smooth_weight, z_weight = weights or (None, None, None)
     stride_store = 0 if store is None else store.stride(0)
     stored_vocab = 0 if store is None else store.shape[1]
     softcap = None if head.softcap is None else float(head.softcap)
     _finish_kernel[(cdiv(num_tokens, 32),)](
         *sums,
+        shift,
         anchor,
         class_total,
         nll_weight,
@@ -482,7 +492,7 @@ def launch_finish(
         float(head.logit_scale),
         softcap,
         num_tokens,
-        vocab_size,
+        head.weight.shape[0],
         hidden_size,
         rank,
         head.hidden.stride(0),

@@ -1,0 +1,216 @@
+"""A head that is cut along the vocabulary: one rank's rows, and what the ranks tell each other.
+
+Every rank holds some rows of the head, all hidden states and all labels. What a token's loss needs
+of the other ranks is two numbers: the logit of its label, which one rank has and the others add 0
+to, and the sum of its exponents around that logit. No maximum is exchanged. Collectives of one
+loss, with the bytes that a rank sends a token:
+
+    agree     all-gather of a few integers, once, whatever the number of tokens
+    forward   sum of the labels' logits, 4; gather of the exponents' sums, 4; for label smoothing,
+              entropy and accuracy one sum more, 4 for each; 4 where a loss is beyond 80 nats
+    backward  sum of the hidden states' partial gradients, 4 a column; weights and bias are local
+
+The engines ask the same of `WHOLE`, a head on one rank, where every answer is what was asked with.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Differences of logits, and the exponentials of them, are worth more digits than a row has.
+_WIDEST = torch.float64
+# Sums of exponents are sent as they are up to exp of this. Beyond it float32 would not hold what
+# the ranks have together: minus their logarithm is sent, which tells where to make them again.
+_LARGEST = 80.0
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of the vocabulary.
+
+    Attributes:
+        group: The ranks that share the head; None for a head on one rank.
+        rank: This rank's place in the group, which is the place of its rows.
+        sizes: Rows of every rank; () for a head on one rank.
+    """
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The class of this rank's first row."""
+        return sum(self.sizes[: self.rank])
+
+    def total(self, rows: int) -> int:
+        """The size of the vocabulary, of which `rows` are here."""
+        return sum(self.sizes) or rows
+
+    def largest(self, rows: int) -> int:
+        """The rows of the rank that has most: what all plan with, so that all plan the same."""
+        return max(self.sizes, default=rows)
+
+    def part(self, vector: Tensor | None, rows: int) -> Tensor | None:
+        """The entries of this rank's `rows` in a vector of the whole vocabulary."""
+        return None if vector is None else vector[self.first : self.first + rows]
+
+    def columns_of(self, classes: Tensor, rows: int) -> Tensor:
+        """Labels as columns of the logits of this rank's `rows`.
+
+        A class of another rank is told as itself plus the size of the vocabulary, beyond every
+        column; what is negative stands for no class and stays.
+        """
+        if self.group is None:
+            return classes
+        column = classes - self.first
+        here = (column >= 0) & (column < rows)
+        column = torch.where(here, column, classes + self.total(rows))
+        return torch.where(classes < 0, classes, column)
+
+    def classes_of(self, columns: Tensor, rows: int) -> Tensor:
+        """The labels that `columns_of` has told, none of them negative."""
+        if self.group is None:
+            return columns
+        beyond = columns - self.total(rows)
+        return torch.where(beyond >= 0, beyond, columns + self.first)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in the memory of `tensor`."""
+        self.start_sum(tensor)()
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
+        """Begins `sum`, and returns what waits for it; until then `tensor` must not be touched."""
+        if self.group is None:
+            return _nothing
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        return _nothing if work is None else work.wait
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The maximum over the ranks, in the memory of `tensor`."""
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def columns(self, tile: Tensor) -> Tensor:
+        """This rank's columns of a matrix beside those of the others: [N, V]."""
+        if self.group is None:
+            return tile
+        padding = self.largest(0) - tile.shape[1]
+        padded = torch.nn.functional.pad(tile, (0, padding))
+        every = self._gather(padded).unbind()
+        parts = [part[:, :size] for part, size in zip(every, self.sizes, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def merged(self, top: Tensor, others: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Row sums of all ranks, around a reference that all of them know.
+
+        Args:
+            top: [N], what this rank's exponents were made around.
+            others: [N], sum of this rank's `exp(z - top)`, the label left out.
+            anchor: [N], the logit of the label.
+
+        Returns:
+            The reference, the label's logit or a larger number, and the sum around it.
+        """
+        if self.group is None:
+            return top, others
+        # A label that a bias of -inf masks is no reference.
+        anchor = torch.where(anchor.isfinite(), anchor, 0.0)
+        wide_top, wide_others = top.to(_WIDEST), others.to(_WIDEST)
+        log = wide_top - anchor.to(_WIDEST) + wide_others.log()
+        every = self._gather(torch.where(log > _LARGEST, -log, log.exp()).to(top.dtype))
+        total, far = every.sum(dim=0), (every < 0).any(dim=0)
+        # Every rank sees the same sums, so all take this turn or none.
+        if not bool(far.any()):
+            return anchor, total
+        logs = torch.where(every < 0, -every, every.log())
+        reference = torch.where(far, anchor + logs.amax(dim=0), anchor)
+        around = wide_others * (wide_top - reference.to(_WIDEST)).exp()
+        return reference, torch.where(far, self.sum(around.to(top.dtype)), total)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, which have one shape: [R, ...]."""
+        every = tensor.new_empty((len(self.sizes), *tensor.shape))
+        dist.all_gather(list(every.unbind()), tensor.contiguous(), group=self.group)
+        return every
+
+
+WHOLE = VocabShard()
+
+
+def group_name(process_group: dist.ProcessGroup | None) -> str:
+    """The name under which an operator finds the group again; "" for a head on one rank.
+
+    Raises:
+        TypeError: If it is no process group.
+        ValueError: If this rank is not in it.
+    """
+    if process_group is None:
+        return ""
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"`process_group` must be a torch.distributed.ProcessGroup or None, got "
+            f"{process_group!r}: of a DeviceMesh, pass mesh.get_group()"
+        )
+    return process_group.group_name
+
+
+def agree(name: str, rows: int, labels: Tensor, terms: dict[str, Any]) -> VocabShard:
+    """This rank's shard, once all ranks have told their rows and that they mean the same loss.
+
+    Every rank raises what one of them has to raise, so none is left waiting.
+
+    Args:
+        name: Of the process group; "" for a head on one rank.
+        rows: Of the head on this rank.
+        labels: [...], int64.
+        terms: What else has to be the same on every rank, by the names that a message uses.
+
+    Raises:
+        ValueError: If a rank has no rows.
+        RuntimeError: If the ranks do not mean the same.
+    """
+    if not name:
+        return WHOLE
+    # The way back from a name, which torch's own functional collectives take too.
+    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
+    group = resolve(name)
+    size = dist.get_world_size(group)
+    if size == 1:
+        return WHOLE
+    shard = VocabShard(group, dist.get_rank(group), (rows,) * size)
+    codes = [zlib.crc32(repr(term).encode()) for term in terms.values()]
+    flat = labels.reshape(-1)
+    places = torch.arange(1, flat.shape[0] + 1, device=flat.device)
+    mine = torch.tensor([rows, *codes, 0], device=flat.device)
+    mine[-1] = (flat * places).sum()
+    told = shard._gather(mine).tolist()
+    sizes = tuple(row[0] for row in told)
+    if 0 in sizes:
+        raise ValueError(
+            f"`linear_weight` must have at least one row on every rank of `process_group`, got "
+            f"none on rank {sizes.index(0)}: use fewer ranks for a vocabulary of {sum(sizes)}"
+        )
+    for index, term in enumerate([*terms, "`target`"], start=1):
+        column = [row[index] for row in told]
+        others = [rank for rank, code in enumerate(column) if code != column[shard.rank]]
+        if others:
+            value = f"{terms[term]!r} here and another" if term in terms else "another"
+            raise RuntimeError(
+                f"{term} must be the same on every rank of `process_group`, got {value} on rank "
+                f"{others[0]}: the ranks share one batch, and only the rows of the head differ"
+            )
+    return VocabShard(group, shard.rank, sizes)
+
+
+def _nothing() -> None:
+    pass

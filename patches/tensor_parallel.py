@@ -1,0 +1,107 @@
+"""Heads whose rows are spread over ranks by tensor parallelism, as DTensors inside their forward.
+
+Whoever spread them gathers the logits after the head. The fused head makes none: it takes the rows
+that are here and lets the ranks share what the loss needs (`process_group`). Two ways of spreading
+are known, torch's `parallelize_module`, which hangs hooks on the head, and transformers'
+`tp_plan`, which puts a forward on it (read at 5.17, `distributed/tensor_parallel.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .errors import UnsupportedModelError
+
+_TRANSFORMERS = "transformers.distributed.tensor_parallel"
+_REMEDY = "or leave lm_head out of the plan or the model stock (remove_patch)"
+
+
+class HeadRows(NamedTuple):
+    """This rank's part of a head, with gradients that stay with it."""
+
+    weight: Tensor  # [rows, hidden]
+    bias: Tensor | None  # [rows]
+    group: Any
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, by name: without one nobody needs the import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def layout_of(tensor: Any) -> tuple[Any, ...]:
+    """Where the parts of a tensor lie: () for a plain one."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_spread(tensor) else ()
+
+
+def head_rows(weight: Any, bias: Any) -> HeadRows:
+    """The rows of a head that are here.
+
+    Raises:
+        UnsupportedModelError: If it is not cut into rows over one dimension of ranks.
+    """
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not _is_cut_into_rows(tensor):
+            raise UnsupportedModelError(
+                f"the head's {name} must be a DTensor with placement Shard(0) on a mesh of one "
+                f"dimension inside the head's forward, got {_spelled(tensor)}: use ColwiseParallel "
+                f"or tp_plan='colwise_gather_output', {_REMEDY}"
+            )
+    group = weight.device_mesh.get_group()
+    return HeadRows(weight.to_local(), None if bias is None else bias.to_local(), group)
+
+
+def whole_hidden(hidden: Any) -> Tensor:
+    """All hidden states, as a plain tensor; their gradient is the same on every rank."""
+    if not is_spread(hidden):
+        return hidden
+    from torch.distributed.tensor import Replicate
+
+    if not all(place.is_replicate() for place in hidden.placements):
+        hidden = hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
+    return hidden.to_local()
+
+
+def whole_logits(logits: Any) -> Tensor:
+    """What the head's forward made, gathered as the hooks around it would."""
+    return logits.full_tensor() if is_spread(logits) else logits
+
+
+def gathers_logits(forward: Any) -> bool:
+    """Whether a forward on the head is transformers', with hidden states and logits whole."""
+    code = getattr(forward, "__code__", None)
+    if code is None or forward.__globals__.get("__name__") != _TRANSFORMERS:
+        return False
+    style: Any = inspect.getclosurevars(forward).nonlocals.get("self")
+    if type(style).__name__ != "ColwiseParallel" or not style.use_local_output:
+        return False
+    return style.input_layouts.is_replicate() and style.output_layouts.is_replicate()
+
+
+def check_gathered(placements: Any) -> None:
+    """Refuses a plan that leaves the logits cut.
+
+    Raises:
+        UnsupportedModelError: If they are wanted in another layout than whole.
+    """
+    if not all(place.is_replicate() for place in placements):
+        raise UnsupportedModelError(
+            f"the plan of the head must gather its output, got output_layouts="
+            f"{tuple(placements)}: use ColwiseParallel(output_layouts=Replicate()), {_REMEDY}"
+        )
+
+
+def _is_cut_into_rows(tensor: Any) -> bool:
+    if not is_spread(tensor) or tensor.device_mesh.ndim != 1:
+        return False
+    (place,) = tensor.placements
+    return type(place).__name__ == "Shard" and place.dim == 0
+
+
+def _spelled(tensor: Any) -> str:
+    if not is_spread(tensor):
+        return "a plain tensor"
+    return f"{tuple(tensor.placements)} on a mesh of shape {tuple(tensor.device_mesh.shape)}"

@@ -1,0 +1,21 @@
+"""Tensor parallel models on two processes: patched, they train as stock does in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import Failures, assert_passed, run_ranks
+from tensor_parallel_worker import CASES
+
+WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    return run_ranks(WORKER, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(failures: Failures, name: str) -> None:
+    assert_passed(failures, name)
