@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_fused_head.functional import STAT_NAMES, LossStats
 from hf_fused_head.options import Impl, LossOptions
@@ -331,14 +332,28 @@ def _run(
     try:
         return _open(model, state, arguments).run(stock, args, kwargs)
     except UnsupportedModelError as error:
-        remove_patch(model)
-        if isinstance(error, RowCountError):
-            _let_stock_complain(model, state, stock, args, kwargs)
-        if state.options.strict or kwargs.get("past_key_values") is not None:
-            _refusals[model] = str(error)
-            raise
-        _refuse_mildly(model, error)
-        return stock(*args, **kwargs)
+        # A compiler that broke its graph here would go on to compile the way back to stock.
+        refused = torch.compiler.disable(_refused)
+        return refused(model, state, error, stock, args, kwargs)
+
+
+def _refused(
+    model: Any,
+    state: PatchState,
+    error: UnsupportedModelError,
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Any,
+) -> Any:
+    """Leaves the model stock; raises, or returns its stock output where the patch is not strict."""
+    remove_patch(model)
+    if isinstance(error, RowCountError):
+        _let_stock_complain(model, state, stock, args, kwargs)
+    if state.options.strict or kwargs.get("past_key_values") is not None:
+        _refusals[model] = str(error)
+        raise error
+    _refuse_mildly(model, error)
+    return stock(*args, **kwargs)
 
 
 def _let_stock_complain(
@@ -361,11 +376,20 @@ def _adopt_model(model: Any, state: PatchState) -> None:
     _adopt(_head_of(model), state)
 
 
+def _stock_loss_function(model: Any) -> Any:
+    """`model.loss_function`, without the warning at an unknown type where the compiler traces.
+
+    It cannot trace a logger; apply_patch has read the property, with the warning, before.
+    """
+    by_type = not hasattr(model, "_loss_function") and model.loss_type not in LOSS_MAPPING
+    return ForCausalLMLoss if by_type and torch.compiler.is_compiling() else model.loss_function
+
+
 def _open(model: Any, state: PatchState, arguments: LossArguments) -> Call:
     head = _head_of(model)
     _adopt(head, state)
     neighbours.refuse_backward_hooks(head)
-    loss_function = model.loss_function
+    loss_function = _stock_loss_function(model)
     if not causal_convention(loss_function):
         spelled = getattr(loss_function, "__qualname__", repr(loss_function))
         raise UnsupportedModelError(
@@ -373,5 +397,12 @@ def _open(model: Any, state: PatchState, arguments: LossArguments) -> Call:
             "or leave the model stock (remove_patch)"
         )
     facts = facts_of(model, family_of(model))
+    if facts.own_loss == "CrossEntropyLoss" and torch.compiler.is_compiling():
+        # The compiler puts this module into its graph by itself, with nothing but tensors.
+        raise UnsupportedModelError(
+            "the model's class calls `CrossEntropyLoss` itself, which torch.compile does not let "
+            "the fused head take over: compile without fullgraph=True, or leave this model stock "
+            "(remove_patch)"
+        )
     replica = getattr(model, "_is_replica", False)
     return Call(state, head, arguments, loss_function, facts, replica)

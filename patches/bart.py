@@ -30,7 +30,12 @@ FAMILIES = (
             "WhisperForCausalLM",
         ),
         transformers="5.17",
-        own_loss=True,
+        own_loss="CrossEntropyLoss",
     ),
-    Family(name="CPM-Ant", classes=("CpmAntForCausalLM",), transformers="5.17", own_loss=True),
+    Family(
+        name="CPM-Ant",
+        classes=("CpmAntForCausalLM",),
+        transformers="5.17",
+        own_loss="CrossEntropyLoss",
+    ),
 )

@@ -16,8 +16,9 @@ class Family:
         scale_field: Config field of the factor on the logits; None for none.
         scale_divides: The logits are divided by the field, not multiplied.
         softcap_field: Config field of the cap (its value may be None); None for no cap.
-        own_loss: The forward calls `cross_entropy` itself, on labels that are not shifted; it knows
-            neither `num_items_in_batch` nor `shift_labels`.
+        own_loss: What the forward calls itself, "cross_entropy" or "CrossEntropyLoss", on labels
+            that are not shifted; it knows neither `num_items_in_batch` nor `shift_labels`. "" where
+            it uses `self.loss_function`.
         bias: Whether the head has a bias.
         extras: What the stock forward adds to the loss by itself, for people.
     """
@@ -28,6 +29,6 @@ class Family:
     scale_field: str | None = None
     scale_divides: bool = False
     softcap_field: str | None = None
-    own_loss: bool = False
+    own_loss: str = ""
     bias: bool = False
     extras: str = ""

@@ -48,7 +48,7 @@ class Facts(NamedTuple):
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    own_loss: bool = False
+    own_loss: str = ""
 
 
 @dataclass(frozen=True)

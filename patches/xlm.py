@@ -14,10 +14,17 @@ from .family import Family
 
 FAMILIES = (
     Family(
-        name="XLM / XLNet",
-        classes=("XLMWithLMHeadModel", "XLNetLMHeadModel"),
+        name="XLM",
+        classes=("XLMWithLMHeadModel",),
         transformers="5.17",
-        own_loss=True,
+        own_loss="cross_entropy",
+        bias=True,
+    ),
+    Family(
+        name="XLNet",
+        classes=("XLNetLMHeadModel",),
+        transformers="5.17",
+        own_loss="CrossEntropyLoss",
         bias=True,
     ),
 )

@@ -20,7 +20,7 @@ from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from oracle import assert_close_as_torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, batch, build
+from tiny_models import batch, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -679,87 +679,3 @@ def backwards(models: Sequence[Any], inputs: dict[str, Any]) -> list[Tensor]:
         losses.append(model(**inputs).loss)
         losses[-1].backward()
     return losses
-
-
-def assert_compiled_trains_like(model: Any, fused: Any, stock: Any, **extra: Any) -> None:
-    truth = copy.deepcopy(stock).double()
-    for length in (9, 12, 15):
-        inputs = batch(stock, length=length, seed=length) | extra
-        fused.zero_grad()
-        output = model(**inputs)
-        assert isinstance(output.logits, UnavailableLogits)
-        output.loss.backward()
-        assert_close_as_torch("loss", output.loss, *backwards((stock, truth), inputs))
-        assert_gradients_like(fused, stock, truth)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.newest
-@pytest.mark.parametrize(
-    ("family", "backend"),
-    [
-        ("llama", "eager"),
-        ("gemma2", "aot_eager"),
-        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("gemma2", "eager", marks=pytest.mark.slow),
-        pytest.param("gemma2", "inductor", marks=pytest.mark.slow),
-    ],
-)
-def test_compiled_without_a_break_for_changing_lengths(
-    family: str, backend: str, fresh_compiler: None
-) -> None:
-    stock = build(family, num_hidden_layers=1)
-    fused = apply_patch(copy.deepcopy(stock))
-    model = torch.compile(fused, fullgraph=True, backend=backend)
-    assert_compiled_trains_like(model, fused, stock)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
-# Mixtures of experts and GPT-2 stop the compiler in their stock forwards already.
-COMPILABLE = [name for name in FAMILIES if "moe" not in name and name not in ("mixtral", "gpt2")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", COMPILABLE)
-def test_every_family_that_compiles_compiles_patched(family: str, fresh_compiler: None) -> None:
-    stock = build(family)
-    fused = apply_patch(copy.deepcopy(stock))
-    model = torch.compile(fused, fullgraph=True, backend="eager")
-    assert_compiled_trains_like(model, fused, stock, num_items_in_batch=torch.tensor(7))
-
-
-def test_compiled_lora_head_with_statistics(fresh_compiler: None) -> None:
-    stock = with_adapter(build("llama", tie_word_embeddings=False, num_hidden_layers=1))
-    nn.init.normal_(stock.base_model.model.lm_head.lora_B["default"].weight)
-    fused = apply_patch(copy.deepcopy(stock), stats=("accuracy", "entropy"))
-    model = torch.compile(fused, fullgraph=True, backend="eager")
-    inputs = batch(stock)
-    loss = model(**inputs).loss
-    assert loss.item() == pytest.approx(stock(**inputs).loss.item())
-    stats = last_stats(fused)
-    assert stats is not None and stats.loss.item() == pytest.approx(loss.item())
-    assert stats.entropy is not None and stats.entropy.shape == inputs["labels"].shape
-
-
-@pytest.mark.slow
-def test_a_break_inside_the_head_does_not_lose_the_call(fresh_compiler: None) -> None:
-    stock = build("llama", num_hidden_layers=1)
-    fused = apply_patch(copy.deepcopy(stock))
-    fused.lm_head.register_forward_hook(torch._dynamo.disable(lambda module, args, out: None))
-    model = torch.compile(fused, backend="eager")
-    inputs = batch(stock)
-    assert model(**inputs).loss.item() == pytest.approx(stock(**inputs).loss.item())
-
-
-def test_compiled_without_labels_it_is_the_stock_model(fresh_compiler: None) -> None:
-    stock = build("llama", num_hidden_layers=1)
-    model = torch.compile(apply_patch(copy.deepcopy(stock)), fullgraph=True, backend="eager")
-    input_ids = batch(stock)["input_ids"]
-    assert torch.equal(model(input_ids=input_ids).logits, stock(input_ids=input_ids).logits)

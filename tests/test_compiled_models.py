@@ -1,0 +1,308 @@
+"""Patched models under `torch.compile` and checkpointing: few graphs, and stock's gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny_classes
+import torch
+from causal_loss import in_float64
+from oracle import assert_close_as_torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES, batch, build
+from torch import nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounterWithBackend
+from trains_like import assert_gradients_like, assert_trains_like
+
+from hf_fused_head import (
+    UnsupportedModelError,
+    apply_patch,
+    last_stats,
+    patch_report,
+    remove_patch,
+)
+from hf_fused_head.patches import registry
+from hf_fused_head.patches.deferred import UnavailableLogits
+
+TEN_LENGTHS = (9, 12, 15, 8, 23, 31, 17, 40, 5, 64)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny(family: str = "llama", **settings: Any) -> Any:
+    return build(family, num_hidden_layers=1, **settings)
+
+
+def whole(model: nn.Module, backend: Any = "eager") -> Any:
+    """The model as one graph, or an error."""
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def steps(lengths: tuple[int, ...], stock: Any, items: Callable[[int], Any] | None = None) -> Any:
+    """Batches of these lengths; the number of ignored labels changes with them."""
+    for length in lengths:
+        inputs = batch(stock, length=length, seed=length)
+        inputs["labels"][:, : length // 4] = -100
+        yield inputs if items is None else inputs | {"num_items_in_batch": items(length)}
+
+
+def assert_compiled_trains_like(
+    model: Any, fused: Any, stock: Any, lengths: tuple[int, ...], items: Any = None
+) -> None:
+    """Every step in a graph, loss and gradients as near to float64 as stock's."""
+    truth = in_float64(stock)
+    for inputs in steps(lengths, stock, items):
+        for each in (fused, stock, truth):
+            each.zero_grad()
+        output = model(**inputs)
+        assert isinstance(output.logits, UnavailableLogits)
+        losses = [output.loss, *(each(**inputs)[0] for each in (stock, truth))]
+        for loss in losses:
+            loss.backward()
+        assert_close_as_torch("loss", *losses)
+        assert_gradients_like(fused, stock, truth)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("family", "backend", "items"),
+    [
+        ("llama", "eager", lambda length: length + 3),
+        # Stock stops the compiler here, at the warning that its loss type is unknown.
+        ("gpt2", "eager", lambda length: torch.tensor(length + 3)),
+        pytest.param("gemma2", "aot_eager", None, marks=pytest.mark.slow),
+        pytest.param("gemma2", "inductor", None, marks=pytest.mark.slow),
+    ],
+    ids=["int", "tensor", "capped", "inductor"],
+)
+def test_ten_lengths_take_two_compilations(family: str, backend: str, items: Any) -> None:
+    # Beyond a sliding window stock takes another graph: none is reached here.
+    stock = tiny(family, **({"sliding_window": 512} if family == "gemma2" else {}))
+    fused = apply_patch(copy.deepcopy(stock))
+    counter = CompileCounterWithBackend(backend)
+    model = whole(fused, counter)
+    assert_compiled_trains_like(model, fused, stock, TEN_LENGTHS, items)
+    assert counter.frame_count == 2
+
+
+def test_a_step_without_a_label_that_counts() -> None:
+    stock = tiny()
+    fused = apply_patch(copy.deepcopy(stock))
+    model = whole(fused)
+    inputs = batch(stock)
+    nothing = inputs | {"labels": torch.full_like(inputs["labels"], -100)}
+    for given in (inputs, nothing):
+        output = model(**given, num_items_in_batch=torch.tensor(5))
+        output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert fused.lm_head.weight.grad is not None and fused.lm_head.weight.grad.isfinite().all()
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(fullgraph=True, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "prepare", [compiled_in_place, pytest.param(whole, marks=pytest.mark.slow)]
+)
+def test_compiled_before_the_patch(prepare: Callable[[Any], Any]) -> None:
+    """Also when it has run in between, so that the stock forward is in the compiler's cache."""
+    stock = tiny()
+    fused = copy.deepcopy(stock)
+    model = prepare(fused)
+    inputs = batch(stock)
+    assert isinstance(model(**inputs).logits, torch.Tensor)
+    assert apply_patch(model) is model
+    assert_compiled_trains_like(model, fused, stock, (9, 12))
+    remove_patch(model)
+    assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+
+
+@pytest.mark.slow
+def test_compiled_in_place_after_the_patch() -> None:
+    stock = tiny()
+    model = compiled_in_place(apply_patch(copy.deepcopy(stock)))
+    assert_compiled_trains_like(model, model, stock, (9, 12))
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "backend"),
+    [(True, "eager"), pytest.param(False, "aot_eager", marks=pytest.mark.slow)],
+)
+def test_checkpointed_layers_compile(reentrant: bool, backend: str) -> None:
+    # With a cache, transformers logs while it checkpoints, on which the compiler stops.
+    stock = tiny(use_cache=False).train()
+    stock.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fused = apply_patch(copy.deepcopy(stock))
+    counter = CompileCounterWithBackend(backend)
+    assert_compiled_trains_like(whole(fused, counter), fused, stock, (9, 12, 15))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_with_a_break_in_the_graph(reentrant: bool) -> None:
+    stock = tiny().train()
+    stock.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fused = apply_patch(copy.deepcopy(stock))
+    model = torch.compile(fused, backend="eager")
+    losses = []
+    for inputs in steps((9, 12), stock):
+        for each in (model, stock):
+            each.zero_grad()
+            losses.append(each(**inputs).loss)
+            losses[-1].backward()
+        assert_gradients_like(fused, stock, gradients_in_float64(stock, inputs))
+    assert patch_report(fused).fused
+    torch.testing.assert_close(losses[::2], losses[1::2])
+
+
+def gradients_in_float64(stock: Any, inputs: dict[str, Any]) -> nn.Module:
+    truth = in_float64(stock)
+    truth.zero_grad()
+    truth(**inputs).loss.backward()
+    return truth
+
+
+# Mixtures of experts stop the compiler in their stock forwards already.
+COMPILABLE = [name for name in FAMILIES if "moe" not in name and name != "mixtral"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", COMPILABLE)
+def test_every_family_that_compiles_compiles_patched(family: str) -> None:
+    stock = build(family)
+    fused = apply_patch(copy.deepcopy(stock))
+    assert_compiled_trains_like(whole(fused), fused, stock, (9, 12, 15), torch.tensor)
+
+
+@pytest.mark.slow
+def test_a_forward_that_calls_cross_entropy_itself() -> None:
+    stock = tiny_classes.build("XLMWithLMHeadModel")
+    fused = apply_patch(copy.deepcopy(stock))
+    model = whole(fused)
+    for length in (9, 12):
+        inputs = tiny_classes.batch(stock, length=length)
+        assert model(**inputs).loss.item() == pytest.approx(stock(**inputs).loss.item())
+
+
+def test_a_forward_that_calls_the_module_itself_is_no_single_graph() -> None:
+    stock = tiny_classes.build("XLNetLMHeadModel")
+    fused = apply_patch(copy.deepcopy(stock))
+    inputs = tiny_classes.batch(stock)
+    with pytest.raises(Unsupported, match=r"calls `CrossEntropyLoss` itself.*without fullgraph"):
+        whole(fused)(**inputs)
+
+
+@pytest.mark.slow
+def test_a_forward_that_calls_the_module_itself_is_fused_between_graphs() -> None:
+    stock = tiny_classes.build("XLNetLMHeadModel")
+    fused = apply_patch(copy.deepcopy(stock))
+    fused.compile(backend="eager")
+    assert_trains_like(fused, stock, tiny_classes.batch(stock))
+    assert patch_report(fused).schedule
+
+
+def with_a_wrong_fact(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(registry, "FAMILIES", ())
+    return tiny("cohere")
+
+
+REFUSED = "what is known of its class"
+
+
+def test_a_refusal_in_one_graph_has_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = with_a_wrong_fact(monkeypatch)
+    fused = apply_patch(copy.deepcopy(stock))
+    model = whole(fused)
+    inputs = batch(stock)
+    with pytest.raises(Unsupported, match=rf"UnsupportedModelError.*{REFUSED}.*\(remove_patch\)"):
+        model(**inputs)
+    # The way back that the words name; the compiler lets nothing be undone from inside.
+    remove_patch(model)
+    assert torch.equal(model(**inputs).loss, stock(**inputs).loss)
+
+
+@pytest.mark.slow
+def test_a_refusal_between_graphs_leaves_the_model_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = with_a_wrong_fact(monkeypatch)
+    fused = apply_patch(copy.deepcopy(stock))
+    model = torch.compile(fused, backend="eager")
+    inputs = batch(stock)
+    with pytest.raises(UnsupportedModelError, match=REFUSED):
+        model(**inputs)
+    assert type(fused) is type(stock) and REFUSED in patch_report(fused).reason
+    apply_patch(fused, strict=False)
+    with pytest.warns(UserWarning, match=REFUSED):
+        loss = model(**inputs).loss
+    assert torch.equal(loss, stock(**inputs).loss)
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_labels_is_stocks_error_and_keeps_the_patch() -> None:
+    fused = apply_patch(tiny())
+    model = torch.compile(fused, backend="eager")
+    inputs = batch(fused)
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        model(**inputs | {"labels": inputs["labels"][:, :-2]})
+    assert patch_report(fused).fused
+    assert isinstance(model(**inputs).loss, torch.Tensor) and patch_report(fused).fused
+
+
+def test_a_lora_head_with_statistics() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    stock = get_peft_model(tiny(tie_word_embeddings=False), config)
+    nn.init.normal_(stock.base_model.model.lm_head.lora_B["default"].weight)
+    fused = apply_patch(copy.deepcopy(stock), stats=("accuracy", "entropy"))
+    inputs = batch(stock)
+    loss = whole(fused)(**inputs).loss
+    assert loss.item() == pytest.approx(stock(**inputs).loss.item())
+    stats = last_stats(fused)
+    assert stats is not None and stats.loss.item() == pytest.approx(loss.item())
+    assert stats.entropy is not None and stats.entropy.shape == inputs["labels"].shape
+
+
+@pytest.mark.slow
+def test_a_break_inside_the_head_does_not_lose_the_call() -> None:
+    stock = tiny()
+    fused = apply_patch(copy.deepcopy(stock))
+    fused.lm_head.register_forward_hook(torch._dynamo.disable(lambda module, args, out: None))
+    model = torch.compile(fused, backend="eager")
+    inputs = batch(stock)
+    assert model(**inputs).loss.item() == pytest.approx(stock(**inputs).loss.item())
+
+
+def test_without_labels_it_is_the_stock_model() -> None:
+    stock = tiny()
+    model = whole(apply_patch(copy.deepcopy(stock)))
+    input_ids = batch(stock)["input_ids"]
+    assert torch.equal(model(input_ids=input_ids).logits, stock(input_ids=input_ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_cuda_graphs_repeat_the_training_step(mode: str) -> None:
+    stock = tiny().cuda()
+    fused = apply_patch(copy.deepcopy(stock))
+    model = torch.compile(fused, fullgraph=True, mode=mode)
+    truth = in_float64(stock)
+    for seed in range(5):
+        inputs = {key: value.cuda() for key, value in batch(stock, length=16, seed=seed).items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        losses = []
+        for each in (model, stock, truth):
+            each.zero_grad()
+            losses.append(each(**inputs).loss)
+            losses[-1].backward()
+        assert_close_as_torch("loss", *losses)
+        assert_gradients_like(fused, stock, truth)
