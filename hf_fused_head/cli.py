@@ -142,27 +142,17 @@ def models(
     json_file: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
-    """List the model families whose facts are known; other plain models are fused as well."""
+    """List every class that was compared with stock, by model family; markdown: condensed."""
     _refuse_overwriting(json_file, force=force)
-    from hf_fused_head.benchmark.report import markdown_table, plain_table
+    from hf_fused_head.benchmark.report import support_markdown, support_table
     from hf_fused_head.patches import supported_models
 
-    rows = [asdict(row) for row in supported_models()]
-    columns = list(rows[0]) if rows else []
-    cells = [[_words(row[name]) for name in columns] for row in rows]
+    rows = supported_models()
     if form is ModelsFormat.markdown:
-        typer.echo(markdown_table(columns, cells))
+        typer.echo(support_markdown(rows))
     else:
-        _console().print(plain_table("supported model families", columns, cells))
-    _write_json(json_file, {"models": rows})
-
-
-def _words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(part) for part in value)
-    return "" if value is None else str(value)
+        _console().print(support_table(rows))
+    _write_json(json_file, {"models": [asdict(row) for row in rows]})
 
 
 @app.command()

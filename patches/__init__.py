@@ -11,8 +11,8 @@ if __name__ != "hf_fused_head.patches":
 
 from .adapter import apply_patch, last_stats, patched, remove_patch
 from .errors import UnsupportedModelError
-from .registry import SupportRow, supported_models
 from .report import PatchReport, patch_report
+from .support import SupportRow, supported_models
 
 __all__ = [
     "PatchReport",

@@ -65,6 +65,8 @@ class Call:
         self.head = head
         # A model with a loss of its own ignores what `loss_function` would be given.
         self.arguments = LossArguments(arguments.labels) if facts.own_loss else arguments
+        if facts.unshifted and arguments.shift_labels is None:
+            self.arguments = arguments._replace(shift_labels=arguments.labels)
         self.loss_function = loss_function
         self.facts = facts
         self.replica = replica

@@ -21,6 +21,7 @@ FAMILIES = (
             "Cohere2ForCausalLM",
             "Cohere2MoeForCausalLM",
             "CohereCompassForCausalLM",
+            "CohereCompassForConditionalGeneration",
         ),
         transformers="5.17",
         scale_field="logit_scale",

@@ -19,8 +19,7 @@ class Family:
         own_loss: What the forward calls itself, "cross_entropy" or "CrossEntropyLoss", on labels
             that are not shifted; it knows neither `num_items_in_batch` nor `shift_labels`. "" where
             it uses `self.loss_function`.
-        bias: Whether the head has a bias.
-        extras: What the stock forward adds to the loss by itself, for people.
+        unshifted: The forward gives its labels to `self.loss_function` as `shift_labels`.
     """
 
     name: str
@@ -30,5 +29,4 @@ class Family:
     scale_divides: bool = False
     softcap_field: str | None = None
     own_loss: str = ""
-    bias: bool = False
-    extras: str = ""
+    unshifted: bool = False

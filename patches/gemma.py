@@ -1,8 +1,9 @@
 """Gemma and its relatives: tied heads over large vocabularies, capped from Gemma 2 on.
 
 Gemma 1 is Llama's lines. The others stand for these of `Gemma2ForCausalLM.forward` (and the same
-in Gemma 3, 3n, 4 and VaultGemma; RecurrentGemma and the models with images spell them otherwise),
-read at transformers 5.17; the field may be None, then nothing is capped::
+in Gemma 3, 3n, 4, T5Gemma 2, VaultGemma and Beam; RecurrentGemma and the models with images spell
+them otherwise), read at the version of transformers that each family names; the field may be None,
+then nothing is capped. Muse Glimmer multiplies the logits by a constant before::
 
     logits = self.lm_head(hidden_states[:, slice_indices, :])
     if self.config.final_logit_softcapping is not None:
@@ -36,8 +37,22 @@ FAMILIES = (
             "Gemma4ForConditionalGeneration",
             "Gemma4UnifiedForCausalLM",
             "Gemma4UnifiedForConditionalGeneration",
+            "T5Gemma2ForConditionalGeneration",
         ),
         transformers="5.17",
+        softcap_field="final_logit_softcapping",
+    ),
+    Family(
+        name="Muse Glimmer",
+        classes=("MuseGlimmerForConditionalGeneration",),
+        transformers="5.17",
+        scale_field="output_multiplier",
+        softcap_field="final_logit_softcapping",
+    ),
+    Family(
+        name="Beam",
+        classes=("BeamForCausalLM",),
+        transformers="5.23",
         softcap_field="final_logit_softcapping",
     ),
     Family(

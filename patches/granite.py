@@ -16,8 +16,19 @@ from .family import Family
 FAMILIES = (
     Family(
         name="Granite",
-        classes=("GraniteForCausalLM", "GraniteSWAForCausalLM"),
+        classes=(
+            "GraniteForCausalLM",
+            "GraniteSWAForCausalLM",
+            "Granite4VisionForConditionalGeneration",
+        ),
         transformers="5.17",
+        scale_field="logits_scaling",
+        scale_divides=True,
+    ),
+    Family(
+        name="Granite Docling",
+        classes=("GraniteDoclingForConditionalGeneration",),
+        transformers="5.23",
         scale_field="logits_scaling",
         scale_divides=True,
     ),
@@ -32,6 +43,5 @@ FAMILIES = (
         transformers="5.17",
         scale_field="logits_scaling",
         scale_divides=True,
-        extras="router auxiliary loss",
     ),
 )

@@ -4,6 +4,8 @@ Stands for these lines of `HyperCLOVAXForCausalLM.forward`, read at transformers
 
     logits = self.lm_head(hidden_states[:, slice_indices, :]) * self.config.logits_scaling
     loss = self.loss_function(logits=logits, labels=labels, vocab_size=..., **kwargs)
+
+The model with images says the same in 5.23 of `self.config.text_config.logits_scaling`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ FAMILIES = (
         name="HyperCLOVA X",
         classes=("HyperCLOVAXForCausalLM",),
         transformers="5.17",
+        scale_field="logits_scaling",
+    ),
+    Family(
+        name="HyperCLOVA X Vision",
+        classes=("HyperCLOVAXVisionV2ForConditionalGeneration",),
+        transformers="5.23",
         scale_field="logits_scaling",
     ),
 )

@@ -12,6 +12,6 @@ from __future__ import annotations
 from .family import Family
 
 FAMILIES = (
-    Family(name="Phi", classes=("PhiForCausalLM",), transformers="5.17", bias=True),
+    Family(name="Phi", classes=("PhiForCausalLM",), transformers="5.17"),
     Family(name="Phi 3", classes=("Phi3ForCausalLM",), transformers="5.17"),
 )

@@ -20,6 +20,5 @@ FAMILIES = (
         name="Qwen MoE",
         classes=("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
         transformers="5.17",
-        extras="router auxiliary loss",
     ),
 )

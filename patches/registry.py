@@ -7,7 +7,6 @@ the same way, so it is fused when it is plain and refused by the operation seen 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -43,55 +42,13 @@ FAMILIES: tuple[Family, ...] = tuple(
 class Facts(NamedTuple):
     """What happens between the head and the loss: `cap * tanh(scale * z / cap)`.
 
-    `own_loss` is `Family.own_loss`.
+    `own_loss` and `unshifted` are those of `Family`.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     own_loss: str = ""
-
-
-@dataclass(frozen=True)
-class SupportRow:
-    """One line of the support table.
-
-    Attributes:
-        family: Name for people.
-        classes: The classes of transformers that it covers.
-        scale: How the logits are scaled, "" where they are not.
-        softcap: The config field of the cap, "" where there is none.
-        bias: Whether the head has a bias.
-        extras: What the stock forward adds to the loss by itself.
-        transformers: The version whose source the facts were read from.
-    """
-
-    family: str
-    classes: tuple[str, ...]
-    scale: str
-    softcap: str
-    bias: bool
-    extras: str
-    transformers: str
-
-
-def supported_models() -> list[SupportRow]:
-    """One row a model family whose facts are known; other plain models are fused as well.
-
-    Returns:
-        Rows in the order of the registry.
-    """
-    return [
-        SupportRow(
-            family=family.name,
-            classes=family.classes,
-            scale=_spell_scale(family),
-            softcap=family.softcap_field or "",
-            bias=family.bias,
-            extras=family.extras,
-            transformers=family.transformers,
-        )
-        for family in FAMILIES
-    ]
+    unshifted: bool = False
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -115,10 +72,5 @@ def facts_of(model: Any, family: Family | None) -> Facts:
     softcap = None
     if family.softcap_field is not None:
         softcap = getattr(config, family.softcap_field, None)
-    return Facts(scale, None if softcap is None else float(softcap), family.own_loss)
-
-
-def _spell_scale(family: Family) -> str:
-    if family.scale_field is None:
-        return ""
-    return f"{'/' if family.scale_divides else '*'} config.{family.scale_field}"
+    softcap = None if softcap is None else float(softcap)
+    return Facts(scale, softcap, family.own_loss, family.unshifted)

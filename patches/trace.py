@@ -239,8 +239,16 @@ class HeadTrace:
     def __rtruediv__(self, other: Any) -> Any:
         return other / self._other("truediv")
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Any) -> Any:
+        if not self.call.handed_back and _keeps_all(index, self.shape):
+            return self
         return self._other("getitem")[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise UnsupportedModelError(
+            "the model's forward writes into the logits, which the fused head cannot take over: "
+            "leave this model stock (remove_patch)"
+        )
 
     def __iter__(self) -> Any:
         return iter(self._other("iter"))
@@ -312,6 +320,15 @@ def same_facts(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
         return False
     cap = (0.0, 0.0) if one[1] is None or other[1] is None else (one[1], other[1])
     return math.isclose(one[0], other[0], rel_tol=1e-12) and math.isclose(*cap, rel_tol=1e-12)
+
+
+def _keeps_all(index: Any, shape: torch.Size) -> bool:
+    """Whether an index is made of slices that leave nothing out."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return len(parts) <= len(shape) and all(
+        isinstance(part, slice) and part.indices(size) == (0, size, 1)
+        for part, size in zip(parts, shape, strict=False)
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -18,13 +18,11 @@ FAMILIES = (
         classes=("XLMWithLMHeadModel",),
         transformers="5.17",
         own_loss="cross_entropy",
-        bias=True,
     ),
     Family(
         name="XLNet",
         classes=("XLNetLMHeadModel",),
         transformers="5.17",
         own_loss="CrossEntropyLoss",
-        bias=True,
     ),
 )

@@ -65,7 +65,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "mul": lambda x: x * torch.ones(101),
     "neg": lambda x: -x,
     "view": lambda x: x.view(1, -1, 101),
-    "getitem": lambda x: x[..., :],
+    "getitem": lambda x: x[:, :-1],
+    "writes": lambda x: x.__setitem__((..., 3), 0.0) or x,
     "clamp": lambda x: x.clamp(-1, 1),
     "masked_fill": lambda x: torch.masked_fill(x, torch.zeros(101, dtype=torch.bool), 0.0),
     "log_softmax": lambda x: nn.functional.log_softmax(x, dim=-1),
@@ -83,6 +84,7 @@ NO_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "shape": lambda x: x.view(*x.shape).reshape(x.size(0), -1, x.size(-1)),
     "there and back": lambda x: 2 * x / 4 * 2.0,
     "in place": lambda x: x.mul_(2).div_(2),
+    "slices": lambda x: x[:, -x.size(1) :, :][:],
     "functions": lambda x: torch.div(torch.mul(x, 2.0), 2.0),
 }
 

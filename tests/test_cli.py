@@ -148,7 +148,7 @@ def test_plan_reads_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
 
 
-def test_models_prints_the_registry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_prints_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from hf_fused_head import supported_models
 
     file = tmp_path / "models.json"

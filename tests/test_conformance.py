@@ -1,11 +1,14 @@
 """Every causal LM class of this transformers, patched, trains like stock or is refused by name.
 
-One run takes a share of the classes, another one every week; `-m slow` takes all of them. The
+So does the text path of every multimodal one. A run takes a share of the classes that the date
+picks, the next one on the next day; `-m slow` takes all of them. What a run found is repeated with
+`CONFORMANCE_SHARE`, which a failure names, or by the name of the class with `-m slow -k`. The
 committed verdicts (patches/conformance.json) are held to what the run finds.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -21,12 +24,12 @@ import transformers
 from hf_fused_head.patches import call
 from hf_fused_head.patches.settings import LossSettings
 
-SHARES = 4
-# A week is a share; CONFORMANCE_SHARE names another one.
-WEEK = datetime.date.today().isocalendar().week
-SHARE = int(os.environ.get("CONFORMANCE_SHARE", WEEK)) % SHARES
+SHARES = 6
+TODAY = datetime.date.today().toordinal()
+SHARE = int(os.environ.get("CONFORMANCE_SHARE", TODAY)) % SHARES
 
-CLASSES = conformance.class_names()
+CAUSAL, MULTIMODAL = conformance.class_names(), conformance.multimodal_names()
+CLASSES = [*CAUSAL, *MULTIMODAL]
 MINE = conformance.share_of(CLASSES, SHARE, SHARES)
 
 
@@ -38,13 +41,14 @@ def committed() -> dict:
 def check(name: str) -> None:
     """Fused or refused, nothing else; and as committed where that is of this transformers."""
     record = conformance.judge(name)
-    known = committed()["classes"].get(name, {})
+    known = {**committed()["multimodal"], **committed()["classes"]}.get(name, {})
     version = transformers.__version__
+    told = f"CONFORMANCE_SHARE={SHARE}: {record['verdict']}: {record['reason']}"
     if committed()["transformers"] == version:
-        assert conformance.gist(record) == conformance.gist(known), record["reason"]
-    elif record["verdict"] == "not built":
+        assert conformance.gist(record) == conformance.gist(known), told
+    if record["verdict"] == "not built":
         pytest.skip(f"{name} of transformers {version}: {record['reason']}")
-    assert record["verdict"] in ("fused", "refused"), record["reason"]
+    assert record["verdict"] in ("fused", "refused"), told
     if record["verdict"] == "refused":
         assert record["reason"]
         if known.get("verdict") != "refused":
@@ -65,15 +69,6 @@ def test_every_class(name: str) -> None:
     check(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", conformance.multimodal_names())
-def test_the_text_path_of_every_multimodal_class(name: str) -> None:
-    record = conformance.judge(name)
-    if record["verdict"] == "not built":
-        pytest.skip(f"{name}: {record['reason']}")
-    assert record["verdict"] in ("fused", "refused"), record["reason"]
-
-
 def test_shares_are_fair_and_cover_every_class() -> None:
     shares = [conformance.share_of(CLASSES, share, SHARES) for share in range(SHARES)]
     assert sorted(name for share in shares for name in share) == sorted(CLASSES)
@@ -83,7 +78,8 @@ def test_shares_are_fair_and_cover_every_class() -> None:
 def test_the_committed_sweep_is_whole_and_clean() -> None:
     records = committed()["classes"]
     if committed()["transformers"] == transformers.__version__:
-        assert sorted(records) == sorted(CLASSES)
+        assert sorted(records) == sorted(CAUSAL)
+        assert sorted(committed()["multimodal"]) == sorted(MULTIMODAL)
     verdicts = [record["verdict"] for record in records.values()]
     assert set(verdicts) <= {"fused", "refused"}
     assert verdicts.count("fused") >= 165
@@ -91,6 +87,35 @@ def test_the_committed_sweep_is_whole_and_clean() -> None:
     assert set(others) <= {"fused", "refused", "not built"}
     for name, record in records.items():
         assert record["verdict"] == "fused" or record["reason"], name
+
+
+def test_every_scenario_was_exercised() -> None:
+    """By nearly every fused class; the router's by those that have one."""
+    fused = [record for record in committed()["classes"].values() if record["verdict"] == "fused"]
+    counts = collections.Counter(name for record in fused for name in record["equal"])
+    for scenario in conformance.SCENARIOS:
+        some = 20 if scenario.truth == "router" else len(fused) - 3
+        assert counts[scenario.name] >= some, scenario.name
+    # Whatever is not equal is stock's own failure, told with its error.
+    for record in fused:
+        ways = {*record["equal"], *record.get("stock_fails", {}), *record.get("refused", {})}
+        applicable = [s.name for s in conformance.SCENARIOS if s.truth != "router"]
+        assert ways.issuperset(applicable), record
+
+
+def test_the_scenarios_are_different_calls() -> None:
+    """Each moves the stock loss, or the form of the output, as it says."""
+    model = tiny_classes.build("MixtralForCausalLM")
+    results = {
+        scenario.name: conformance.run(model, scenario) for scenario in conformance.SCENARIOS
+    }
+    losses = {name: result.loss.item() for name, result in results.items()}
+    assert losses["num_items int"] == losses["num_items tensor"]
+    assert losses["router loss by keyword"] == losses["router loss by config"]
+    for name in ("num_items int", "shift_labels", "router loss by keyword", "autocast"):
+        assert losses[name] != losses["plain"], name
+    assert results["return_dict=False"].layout != results["plain"].layout
+    assert set(results["evaluation"].values) == {"logits"}
 
 
 @pytest.mark.parametrize("field", sorted(tiny_classes.TRANSFORMS))

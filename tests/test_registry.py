@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from trains_like import assert_trains_like
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, supported_models
-from hf_fused_head.patches import registry
+from hf_fused_head.patches import registry, support
 from hf_fused_head.patches.family import Family
 from hf_fused_head.patches.registry import Facts, facts_of, family_of
 
@@ -138,15 +139,42 @@ def test_the_support_table_names_existing_classes_once() -> None:
     rows = supported_models()
     names = [name for row in rows for name in row.classes]
     assert len(names) == len(set(names))
-    assert len({row.family for row in rows}) == len(rows)
+    assert len({(row.family, row.task, row.status, row.reason) for row in rows}) == len(rows)
     installed = Version(transformers.__version__)
     for row in rows:
         for name in row.classes:
             # Facts may be of classes that this version does not have yet.
             assert hasattr(transformers, name) or installed < Version(row.transformers), name
-    by_family = {row.family: row for row in rows}
+    by_family = {row.family: row for row in rows if row.status == "fused"}
     assert by_family["Granite"].scale == "/ config.logits_scaling"
     assert by_family["Cohere"].scale == "* config.logit_scale"
     assert by_family["Gemma 2 / 3"].softcap == "final_logit_softcapping"
+    assert by_family["BART decoders"].shift and not by_family["Llama"].shift
     assert by_family["Phi"].bias and not by_family["Llama"].bias
-    assert by_family["Qwen MoE"].extras
+    assert by_family["Qwen MoE"].extras and not by_family["Qwen"].extras
+
+
+def test_the_support_table_is_the_committed_sweep() -> None:
+    """Every class that was swept stands in one row, with its verdict and no more than its ways."""
+    swept = json.loads(support.CONFORMANCE.read_text())
+    by_class = {name: row for row in supported_models() for name in row.classes}
+    later = [name for name, row in by_class.items() if row.status == "not swept"]
+    assert len(by_class) - len(later) == sum(len(swept[part]) for part in support.TASKS)
+    for part, task in support.TASKS.items():
+        for name, record in swept[part].items():
+            row = by_class[name]
+            assert (row.task, row.status, row.reason) == (task, record["verdict"], record["reason"])
+            assert row.scenarios <= len(record.get("equal", ()))
+            assert row.scenarios >= 5 or row.status != "fused", name
+    # Facts may be known of classes that only a later transformers has.
+    assert all(Version(swept["transformers"]) < Version(by_class[n].transformers) for n in later)
+
+
+def test_the_facts_that_a_row_tells_are_those_of_its_family() -> None:
+    rows = {row.family: row for row in supported_models() if row.status == "fused"}
+    for family in registry.FAMILIES:
+        row = rows.get(family.name)
+        if row is not None:
+            assert (family.scale_field or "") in row.scale
+            assert (family.softcap_field or "") == row.softcap
+            assert bool(row.shift) == bool(family.own_loss or family.unshifted)

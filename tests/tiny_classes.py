@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import tiny_multimodal
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -72,6 +73,9 @@ SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "num_nextn_predict_layers": 0,
     "mask_time_prob": 0.0,
+    # Of towers for images.
+    **dict.fromkeys(("depth", "vision_layers"), 2),
+    **dict.fromkeys(("out_hidden_size", "projection_dim"), 16),
 }
 # Whatever transforms the logits or adds to the loss, at values that move the loss by more than
 # rounding ever could.
@@ -143,6 +147,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text_config": lambda: _assisting("Gemma4UnifiedTextConfig")
     },
     "GitForCausalLM": {"vision_config.image_size": 16, "vision_config.patch_size": 8},
+    "Granite4VisionForConditionalGeneration": {
+        "text_config": lambda: tiny_config(transformers.Granite4VisionTextConfig, {}),
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [],
+        "downsample_rate": "1/2",
+    },
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Lfm2MoeForCausalLM": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
@@ -224,7 +234,8 @@ def build(name: str, seed: int = 0, **settings: Any) -> Any:
     cls = getattr(transformers, name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = tiny_config(cls.config_class, SETTINGS.get(name, {}) | settings)
+        own = SETTINGS.get(name) or tiny_multimodal.SETTINGS.get(name, {})
+        config = tiny_config(cls.config_class, own | settings)
         with _text_alone():
             _check_size(cls, config)
             model = cls(config)
@@ -301,12 +312,24 @@ def _tiny_fields(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
         rules["head_dim"] = rules["qk_rope_head_dim"]
     rules |= _one_layer_of_each_kind(config) | _small_sections(config)
     known = set(vars(config)) | set(type(config).attribute_map)
-    fields |= {name: value for name, value in rules.items() if name in vars(config)}
+    fields |= {
+        name: _for_each_stage(config, vars(config)[name], value)
+        for name, value in rules.items()
+        if name in vars(config)
+    }
     if any("expert" in name for name in known):
         fields |= EAGER
     if "is_decoder" in vars(config):
         fields["is_decoder"] = True
     return fields | _own(settings)
+
+
+def _for_each_stage(config: Any, default: Any, value: Any) -> Any:
+    """`value` once for each stage of a tower, where that is how its field is written."""
+    if not isinstance(default, (list, tuple)) or not isinstance(value, int):
+        return value
+    layers = vars(config).get("num_hidden_layers")
+    return value if len(default) == layers else [value] * len(default)
 
 
 def _one_layer_of_each_kind(config: Any) -> dict[str, Any]:
@@ -326,7 +349,8 @@ def _one_layer_of_each_kind(config: Any) -> dict[str, Any]:
 def _small_sections(config: Any) -> dict[str, Any]:
     """Multimodal rotary positions share the pairs of a head of 8 among three axes."""
     rope = vars(config).get("rope_parameters")
-    if not isinstance(rope, dict) or "mrope_section" not in rope:
+    known = getattr(config, "ignore_keys_at_rope_validation", ())
+    if not isinstance(rope, dict) or "mrope_section" not in (*rope, *known):
         return {}
     pairs = int(SIZES["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
     third = pairs // 3
@@ -354,5 +378,6 @@ def batch(model: Any, rows: int = 2, length: int = 11, seed: int = 0) -> dict[st
         labels[row, : row + 1] = -100
     labels[:, length // 2] = -100
     inputs = {"input_ids": input_ids, "labels": labels}
-    extra = INPUTS.get(type(model).__name__)
+    name = type(model).__name__
+    extra = INPUTS.get(name) or tiny_multimodal.INPUTS.get(name)
     return inputs if extra is None else inputs | extra(model, inputs)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from hf_fused_head.benchmark.suite import Record
+
+if TYPE_CHECKING:
+    from hf_fused_head.patches import SupportRow
 
 _MIB = 2**20
 
@@ -41,6 +45,61 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
     """A Markdown table, all cells as given."""
     columns = list(columns)
     return "\n".join([_line(columns), "|---" * len(columns) + "|", *(_line(row) for row in rows)])
+
+
+def support_table(rows: Sequence[SupportRow]) -> Table:
+    """Every row for a terminal: what is known of the family, or why it is not fused."""
+    columns = ("family", "classes", "status", "facts", "ways compared")
+    cells = [
+        (
+            row.family,
+            ", ".join(row.classes),
+            ": ".join(filter(None, (row.status, row.reason))),
+            ", ".join(filter(None, (row.scale, row.softcap, row.shift, row.extras))),
+            str(row.scenarios),
+        )
+        for row in rows
+    ]
+    return plain_table("model families of transformers", columns, cells)
+
+
+def support_markdown(rows: Sequence[SupportRow]) -> str:
+    """The support table of the README: counts, families with facts, and what is not fused."""
+    swept = [row for row in rows if row.status != "not swept"]
+    known = [row for row in rows if row.scale or row.softcap or row.shift]
+    columns = ("family", "classes", "scale", "softcap", "labels", "ways compared")
+    cells = [
+        (row.family, ", ".join(row.classes), row.scale, row.softcap, row.shift, _ways(row))
+        for row in known
+        if row.status in ("fused", "not swept")
+    ]
+    refused = [
+        (name, row.reason) for row in swept if row.status == "refused" for name in row.classes
+    ]
+    missing = [name for row in swept if row.status == "not built" for name in row.classes]
+    return "\n\n".join(
+        [
+            *(_counts(swept, task) for task in ("causal", "multimodal")),
+            markdown_table(columns, cells),
+            markdown_table(("refused", "why"), refused),
+            f"Never built small, so not compared: {', '.join(missing) or 'none'}.",
+        ]
+    )
+
+
+def _counts(rows: Sequence[SupportRow], task: str) -> str:
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.task == task:
+            counts[row.status] = counts.get(row.status, 0) + len(row.classes)
+    versions = ", ".join(sorted({row.transformers for row in rows}))
+    of_what = "causal language models" if task == "causal" else "other multimodal classes, by text"
+    told = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
+    return f"transformers {versions}, {sum(counts.values())} {of_what}: {told}."
+
+
+def _ways(row: SupportRow) -> str:
+    return f"from {row.transformers}" if row.status == "not swept" else str(row.scenarios)
 
 
 def document(header: dict, records: Iterable[Record]) -> dict:
