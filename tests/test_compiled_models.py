@@ -90,7 +90,9 @@ def test_ten_lengths_take_two_compilations(family: str, backend: str, items: Any
     fused = apply_patch(copy.deepcopy(stock))
     counter = CompileCounterWithBackend(backend)
     model = whole(fused, counter)
-    assert_compiled_trains_like(model, fused, stock, TEN_LENGTHS, items)
+    # What inductor adds shows in a few.
+    lengths = TEN_LENGTHS[:4] if backend == "inductor" else TEN_LENGTHS
+    assert_compiled_trains_like(model, fused, stock, lengths, items)
     assert counter.frame_count == 2
 
 
@@ -207,10 +209,10 @@ def test_a_forward_that_calls_the_module_itself_is_no_single_graph() -> None:
 @pytest.mark.slow
 def test_a_forward_that_calls_the_module_itself_is_fused_between_graphs() -> None:
     stock = tiny_classes.build("XLNetLMHeadModel")
-    fused = apply_patch(copy.deepcopy(stock))
+    fused = apply_patch(copy.deepcopy(stock), stats=("accuracy",))
     fused.compile(backend="eager")
     assert_trains_like(fused, stock, tiny_classes.batch(stock))
-    assert patch_report(fused).schedule
+    assert patch_report(fused).fused and last_stats(fused) is not None
 
 
 def with_a_wrong_fact(monkeypatch: pytest.MonkeyPatch) -> Any:
