@@ -99,6 +99,7 @@ def plan(
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
+    shared_hidden: bool = False,
 ) -> Schedule:
     """The schedule that an engine follows.
 
@@ -116,6 +117,7 @@ def plan(
             step is taken and `fits` is False.
         grad_columns: Columns of the head that need a gradient, where that is not all of them.
         scratch_blocks: What "torch" needs beside a tile: a block for a softcap, one for entropies.
+        shared_hidden: Whether ranks sum their parts of the hidden states' gradient, in float32.
     """
     candidates = schedules(
         num_tokens=num_tokens,
@@ -130,6 +132,7 @@ def plan(
         memory_budget_mib=memory_budget_mib,
         grad_columns=grad_columns,
         scratch_blocks=scratch_blocks,
+        shared_hidden=shared_hidden,
     )
     return candidates[0]
 
@@ -148,6 +151,7 @@ def schedules(
     memory_budget_mib: float | None = None,
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
+    shared_hidden: bool = False,
 ) -> list[Schedule]:
     """Every way to run, the one that `plan` takes first; arguments as there."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
@@ -163,6 +167,7 @@ def schedules(
         grad_columns=(hidden_size if grad_columns is None else grad_columns) if grad_weight else 0,
         grad_weight=grad_weight,
         scratch_blocks=scratch_blocks,
+        shared_hidden=shared_hidden and grad_hidden,
         widened=dtype == torch.float16 and not per_token,
         budget=int(mib * 2**20),
     )
@@ -214,6 +219,7 @@ class _Step:
     grad_weight: bool
     grad_columns: int
     scratch_blocks: int
+    shared_hidden: bool
     widened: bool
     budget: int
     asked: int | None = None  # the budget before it was raised
@@ -361,14 +367,18 @@ class _Step:
         if name == "loss_only":
             return sums + rows
         # Scaled hidden states borrow the memory of their gradient, where there is one.
-        scaled = 0 if self.grad_hidden else chunk * self.hidden_size * self.item
+        borrows = self.grad_hidden and not self.shared_hidden
+        scaled = 0 if borrows else chunk * self.hidden_size * self.item
+        if self.shared_hidden and self.item != self.acc and name == "gradient_in_forward":
+            scaled += chunk * self.hidden_size * self.acc
         if name == "gradient_in_forward":
             several = chunk < self.num_tokens
             weight = self.weight_sum(self.vocab_size if several else 0, name)
             return chunk * self.vocab_size * self.item + sums + weight + rows + scaled
         columns = max(window, round(kept * self.vocab_size))
         hidden = 0
-        if self.grad_hidden and self.item != self.acc and columns < self.vocab_size:
+        several = columns < self.vocab_size or self.shared_hidden
+        if self.grad_hidden and self.item != self.acc and several:
             hidden = self.num_tokens * self.hidden_size * self.acc
         # The sums of the statistics are gone when the sums of the gradients begin.
         total = chunk * columns * self.item + max(sums, hidden) + rows + self.weight_sum(0, name)
