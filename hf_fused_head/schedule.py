@@ -104,6 +104,7 @@ def plan(
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
     smoothing: bool = False,
+    shared_hidden: bool = False,
 ) -> Schedule:
     """The schedule that an engine follows.
 
@@ -122,6 +123,7 @@ def plan(
         grad_columns: Columns of the head that need a gradient, where that is not all of them.
         scratch_blocks: What "torch" needs beside a tile: a block for a softcap, one for entropies.
         smoothing: Whether the gradients of a scalar loss have the rank-one term of smoothing.
+        shared_hidden: Whether ranks sum their parts of the hidden states' gradient, in float32.
     """
     candidates = schedules(
         num_tokens=num_tokens,
@@ -137,6 +139,7 @@ def plan(
         grad_columns=grad_columns,
         scratch_blocks=scratch_blocks,
         smoothing=smoothing,
+        shared_hidden=shared_hidden,
     )
     return candidates[0]
 
@@ -156,6 +159,7 @@ def schedules(
     grad_columns: int | None = None,
     scratch_blocks: int = 2,
     smoothing: bool = False,
+    shared_hidden: bool = False,
 ) -> list[Schedule]:
     """Every way to run, the one that `plan` takes first; arguments as there."""
     mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
@@ -172,6 +176,7 @@ def schedules(
         grad_weight=grad_weight,
         scratch_blocks=scratch_blocks,
         smoothing=smoothing,
+        shared_hidden=shared_hidden and grad_hidden,
         widened=dtype == torch.float16 and not per_token,
         budget=int(mib * 2**20),
     )
@@ -224,6 +229,7 @@ class _Step:
     grad_columns: int
     scratch_blocks: int
     smoothing: bool
+    shared_hidden: bool
     widened: bool
     budget: int
     asked: int | None = None  # the budget before it was raised
@@ -378,17 +384,20 @@ class _Step:
         rows = self.num_tokens * _ROW_BYTES
         if name == "loss_only":
             return sums + rows
-        # Scaled hidden states borrow the memory of their gradient, where there is one; not with the
-        # rows that smoothing appends to them.
-        borrowed = self.grad_hidden and not self.smoothing
+        # Scaled hidden states borrow the memory of their gradient, where there is one that is theirs
+        # alone; not with the rows that smoothing appends to them.
+        borrowed = self.grad_hidden and not (self.smoothing or self.shared_hidden)
         scaled = 0 if borrowed else chunk * self.hidden_size * self.item
+        if self.shared_hidden and self.item != self.acc and name == "gradient_in_forward":
+            scaled += chunk * self.hidden_size * self.acc
         if name == "gradient_in_forward":
             several = chunk < self.num_tokens
             weight = self.weight_sum(self.vocab_size if several else 0, name)
             return chunk * self.vocab_size * self.item + sums + weight + rows + scaled
         columns = max(window, round(kept * self.vocab_size))
         hidden = 0
-        if self.grad_hidden and self.item != self.acc and columns < self.vocab_size:
+        several = columns < self.vocab_size or self.shared_hidden
+        if self.grad_hidden and self.item != self.acc and several:
             hidden = self.num_tokens * self.hidden_size * self.acc
         # The sums of the statistics are gone when the sums of the gradients begin.
         total = chunk * columns * self.item + max(sums, hidden) + rows + self.weight_sum(0, name)

@@ -47,11 +47,15 @@ def _environment(rank: int, ranks: int) -> dict[str, str]:
     return {name: str(value) for name, value in {**places, **run}.items()}
 
 
-def assert_passed(failures: Failures, name: str) -> None:
-    """Fails with what a rank has left of the case."""
-    for rank, failed in enumerate(failures):
-        if name in failed:
-            raise AssertionError(f"rank {rank}: {failed[name]}")
+def assert_passed(failures: Failures) -> None:
+    """Fails with what every rank has left of the cases."""
+    lines = [
+        f"rank {rank}, {name}: {text}"
+        for rank, failed in enumerate(failures)
+        for name, text in failed.items()
+    ]
+    if lines:
+        raise AssertionError("\n".join(lines))
 
 
 def run_cases(

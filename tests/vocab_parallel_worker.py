@@ -469,9 +469,14 @@ def it_compiles_without_a_break() -> None:
 
 @case
 def the_forward_sends_at_most_8_bytes_a_token() -> None:
+    for impl in sorted({"torch", *IMPLS} - {"reference"}):
+        bytes_sent(impl)
+
+
+def bytes_sent(impl: str) -> None:
     problem = Problem(shape=(200,), ignored=0)
     tensors = problem.tensors(torch.float32)
-    loss = by_shard(problem, halves_of(37), "torch")
+    loss = by_shard(problem, halves_of(37), impl)
     with sent() as forward:
         loss(tensors)
     leaves = {name: tensors[name].requires_grad_() for name in NAMES}

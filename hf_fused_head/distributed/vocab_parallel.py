@@ -6,9 +6,13 @@ to, and the sum of its exponents around that logit. No maximum is exchanged. Col
 loss, with the bytes that a rank sends a token:
 
     agree     all-gather of a few integers, once, whatever the number of tokens
-    forward   sum of the labels' logits, 4; gather of the exponents' sums, 4; for label smoothing,
-              entropy and accuracy one sum more, 4 for each; 4 where a loss is beyond 80 nats
-    backward  sum of the hidden states' partial gradients, 4 a column; weights and bias are local
+    forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
+              smoothing, entropy and accuracy one collective more, 4 for each (accuracy 8 in the
+              Triton engine); 4 to 12 where a loss is beyond what exponents can hold
+    backward  sum of the hidden states' partial gradients, float32, 4 a column; weight and bias
+              are local
+
+With chunks of tokens these come chunk by chunk. The reference engine gathers the logits instead.
 
 The engines ask the same of `WHOLE`, a head on one rank, where every answer is what was asked with.
 """

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
 from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
+from hf_fused_head.kernels.merging import merged_sums
 from hf_fused_head.kernels.operands import (
     Abandoned,
     Attempt,
@@ -181,7 +182,7 @@ def _of_all_ranks(
     """
     if call.shard.group is None:
         return anchor, sums
-    merged = _merged(call, sums)
+    merged = merged_sums(call.shard, sums)
     far = merged.total[0] > OVERFLOW
     if not bool(far.any()):
         return anchor, merged
@@ -191,35 +192,7 @@ def _of_all_ranks(
     peak = torch.maximum(call.shard.max(best.amax(dim=0)), anchor)
     shift = torch.where(far, peak, anchor)
     _exponents(call, shift, sums, store)
-    return shift, _merged(call, sums)
-
-
-def _merged(call: Call, sums: RowSums) -> RowSums:
-    """The sums of all tiles of all ranks, told as those of one tile; see `RowSums`."""
-    shard, wide = call.shard, sums.total.double()
-    own = wide.sum(dim=0)
-    total = shard.sum(own.float())
-    parts = []
-    if sums.entropy is not None:
-        inside = (sums.entropy + _level(sums.total) * wide).sum(dim=0)
-        parts.append((inside - _level(total) * own).float())
-    if sums.smooth is not None:
-        parts.append(sums.smooth.double().sum(dim=0).float())
-    if sums.target is not None:
-        parts.append(sums.target)
-    more = iter(shard.sum(torch.stack(parts)) if parts else ())
-    return RowSums(
-        total[None],
-        None if sums.entropy is None else next(more)[None],
-        None if sums.smooth is None else next(more)[None],
-        None if sums.best is None else shard.max(sums.best.amax(dim=0))[None],
-        None if sums.target is None else next(more),
-    )
-
-
-def _level(total: Tensor) -> Tensor:
-    """What `level_of` in the kernels says, in float64."""
-    return torch.where((total > 0) & total.isfinite(), total.log(), 0.0).double()
+    return shift, merged_sums(call.shard, sums)
 
 
 def chunk_gradients(

@@ -1,0 +1,37 @@
+"""Row sums of a head that is cut along the vocabulary, from those of every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.distributed.vocab_parallel import VocabShard
+from hf_fused_head.kernels.operands import RowSums
+
+
+def merged_sums(shard: VocabShard, sums: RowSums) -> RowSums:
+    """The sums of all tiles of all ranks, told as those of one tile; see `RowSums`."""
+    wide = sums.total.double()
+    own = wide.sum(dim=0)
+    total = shard.sum(own.float())
+    parts = []
+    if sums.entropy is not None:
+        inside = (sums.entropy + _level(sums.total) * wide).sum(dim=0)
+        parts.append((inside - _level(total) * own).float())
+    if sums.smooth is not None:
+        parts.append(sums.smooth.double().sum(dim=0).float())
+    if sums.target is not None:
+        parts.append(sums.target)
+    more = iter(shard.sum(torch.stack(parts)) if parts else ())
+    return RowSums(
+        total[None],
+        None if sums.entropy is None else next(more)[None],
+        None if sums.smooth is None else next(more)[None],
+        None if sums.best is None else shard.max(sums.best.amax(dim=0))[None],
+        None if sums.target is None else next(more),
+    )
+
+
+def _level(total: Tensor) -> Tensor:
+    """What `level_of` in the kernels says, in float64."""
+    return torch.where((total > 0) & total.isfinite(), total.log(), 0.0).double()
