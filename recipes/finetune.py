@@ -145,7 +145,7 @@ def train(
     data: datasets.DatasetDict,
     options: argparse.Namespace,
     stock: bool,
-    alone: bool,
+    launch: Launch,
 ) -> tuple[Trainer, Run]:
     """Trains `model` in place, with the stock head or the fused one."""
     arguments = TrainingArguments(
@@ -160,6 +160,7 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
         # Without it, processes on a machine without GPUs would not know of one another.
         use_cpu=not torch.cuda.is_available(),
+        bf16=launch.bf16,
         ddp_find_unused_parameters=False,
         report_to="none",
         seed=options.seed,
@@ -174,7 +175,7 @@ def train(
         callbacks=[clock],
     )
     head_bytes = None
-    if alone:
+    if launch.processes == 1:
         model.train()
         rows = [data["train"][i] for i in range(batch_blocks(data, options))]
         batch = trainer.data_collator(rows)
@@ -271,10 +272,10 @@ def run(options: argparse.Namespace, launch: Launch) -> None:
     if options.compare:
         twin = copy.deepcopy(model)
         console.print("Stock head:")
-        stock = train(twin, data, options, stock=True, alone=True)[1]
+        stock = train(twin, data, options, stock=True, launch=launch)[1]
         del twin
         console.print("Fused head:")
-    trainer, fused = train(model, data, options, stock=False, alone=launch.processes == 1)
+    trainer, fused = train(model, data, options, stock=False, launch=launch)
     save(trainer, model, tokenizer, options, launch)
     if stock is not None:
         console.print(comparison(stock, fused))

@@ -25,6 +25,7 @@ class Launch:
         rank: The number of this one.
         engine: "fsdp", "deepspeed", or "" for whole weights on every process.
         sizes: Of the named ways to cut: dp_replicate, dp_shard, tp, cp, sp; empty if none is asked.
+        bf16: Products run in bfloat16; DeepSpeed wants to hear it from the Trainer as well.
     """
 
     processes: int
@@ -32,6 +33,7 @@ class Launch:
     rank: int
     engine: str
     sizes: Mapping[str, int]
+    bf16: bool
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -54,6 +56,7 @@ class Launch:
             int(environment.get("RANK", "0")),
             engines[0] if engines else "",
             {way: number(f"PARALLELISM_CONFIG_{way.upper()}_SIZE") for way in ways if asked},
+            environment.get("ACCELERATE_MIXED_PRECISION") == "bf16",
         )
 
     @property

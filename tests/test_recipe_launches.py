@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from two_processes import CPU_ONLY
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -54,17 +54,38 @@ def test_the_readme_launches_every_config() -> None:
     assert sorted(set(named)) == [config.name for config in CONFIGS]
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("single", marks=pytest.mark.slow)])
+ON_CPU = {
+    "ddp": RECIPES / "finetune.py",
+    "single": RECIPES / "finetune.py",
+    "fsdp2": Path(__file__).with_name("recipe_on_cpu.py"),
+    "cp": Path(__file__).with_name("recipe_on_cpu.py"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddp",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "fsdp2", "cp")),
+    ],
+)
 def test_launched(name: str, tmp_path: Path) -> None:
     """On the CPU: the loss falls, one process prints and writes, the result loads again."""
     launch = ["-m", "accelerate.commands.launch", "--config_file"]
+    full = ["--full"] if name == "fsdp2" else []
     done = subprocess.run(
         [
             *(sys.executable, *launch, str(RECIPES / "accelerate" / f"{name}.yaml")),
-            *(str(RECIPES / "finetune.py"), *SMALL, "--output-dir", str(tmp_path / "run")),
+            *(str(ON_CPU[name]), *SMALL, *full, "--output-dir", str(tmp_path / "run")),
         ],
         cwd=tmp_path,
-        env={**os.environ, **CPU_ONLY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            **CPU_ONLY,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -77,8 +98,8 @@ def test_launched(name: str, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
-    assert model.num_parameters() > 0
+    kind = AutoModelForCausalLM if full else AutoPeftModelForCausalLM
+    assert kind.from_pretrained(tmp_path / "run").num_parameters() > 0
 
 
 SIZES = "PARALLELISM_CONFIG_{}_SIZE"

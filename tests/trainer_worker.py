@@ -1,0 +1,140 @@
+"""Run by test_sharded_trainer.py in two processes: `FusedHeadTrainer` in accelerate's engines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate_on_cpu import engine, pretend_gpus
+from causal_loss import in_float64
+from engines import ENGINES
+from oracle import assert_close_as_torch
+from sequence_checks import check_splits
+from test_trainer import arguments, assert_metrics, build, history, rows
+from torch import Tensor, nn
+from whole_sequence_attention import head_and_tail, split_attention
+
+from hf_fused_head import FusedHeadTrainer, patch_report
+
+# Momentum, since torch cannot load the state of an optimizer that has none into sharded weights.
+DESCENT = {"lr": 0.5, "momentum": 0.5}
+STEPS = 2
+ROWS = 6
+LENGTH = 12
+
+
+def plainly_trained(
+    model: nn.Module, data: list[dict[str, list[int]]], smoothing: float, by_row: bool, steps: int
+) -> list[Tensor]:
+    """Losses of descent on all of `data` at once, in one process; in place.
+
+    Args:
+        model: A stock model.
+        data: As the Trainer gets it.
+        smoothing: Of the labels.
+        by_row: Every row weighs the same, not every token; a row without tokens has loss 0.
+        steps: Of plain gradient descent with momentum.
+    """
+    ids, labels = (torch.tensor([row[key] for row in data]) for key in ("input_ids", "labels"))
+
+    def loss_of(some: slice) -> Tensor:
+        logits, target = model(input_ids=ids[some]).logits[:, :-1], labels[some, 1:].flatten()
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), target, reduction="sum", label_smoothing=smoothing
+        )
+        return loss / (target != -100).sum().clamp(min=1)
+
+    # Stock's steps under Ulysses are as many times too long as there are processes.
+    rate = DESCENT["lr"] * (dist.get_world_size() if by_row else 1)
+    losses, optimizer = [], torch.optim.SGD(model.parameters(), **{**DESCENT, "lr": rate})
+    for _ in range(steps):
+        model.zero_grad()
+        parts = [slice(i, i + 1) for i in range(ROWS)] if by_row else [slice(ROWS)]
+        losses.append(torch.stack([loss_of(part) for part in parts]).mean())
+        losses[-1].backward()
+        optimizer.step()
+    return [loss.detach() for loss in losses]
+
+
+def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
+    """Losses, weights and metrics without logits; and again after a checkpoint."""
+    # Under Ulysses both processes work on one row after the other, and stock counts tokens by row.
+    by_row = name == "ulysses"
+    # DeepSpeed's loader for it stops after an epoch that it was not asked to go beyond.
+    steps = 1 if by_row else STEPS
+    data: list[Any] = [
+        {**row, "position_ids": list(range(LENGTH))} for row in rows(ROWS, masked=(2,))
+    ]
+    split_attention(None)
+    stock, truth = build(), in_float64(build())
+    losses = [plainly_trained(model, data, smoothing, by_row, steps) for model in (stock, truth)]
+    if name == "cp":
+        split_attention(head_and_tail(LENGTH))
+    # All rows in every step, so that their order does not matter.
+    batch_size = 1 if by_row else ROWS if name == "cp" else ROWS // 2
+    micro_batches = ROWS if by_row else 1
+    changes: dict[str, Any] = {
+        "max_steps": steps,
+        "learning_rate": DESCENT["lr"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "per_device_eval_batch_size": 4,
+        "label_smoothing_factor": smoothing,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    final = []
+    for resumed in (False, True)[:steps]:
+        with engine(name, micro_batches, batch_size) as settings:
+            model = build()
+            trainer: Any = FusedHeadTrainer(
+                model,
+                arguments(folder, **{**changes, **settings}),
+                train_dataset=data,
+                eval_dataset=data,
+                optimizer_cls_and_kwargs=(torch.optim.SGD, DESCENT),
+            )
+            trainer.train(str(folder / "checkpoint-1") if resumed else None)
+            if not resumed:
+                assert len(history(trainer, "perplexity")) == steps
+                found = history(trainer, "loss").float()
+                assert_close_as_torch("loss", found, *map(torch.stack, losses))
+                metrics = trainer.evaluate()
+            assert patch_report(trainer.model).fused
+            final.append(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+            dist.barrier()
+    split_attention(None)
+    if dist.get_rank() != 0:
+        return
+    for key, right in truth.state_dict().items():
+        for weights in final:
+            assert_close_as_torch(key, weights[key], stock.state_dict()[key], right)
+    plain = build()
+    plain.load_state_dict(final[0])
+    assert_metrics(metrics, "eval_", plain, data)
+
+
+def main(folder: str, *names: str) -> None:
+    """All checks of some engines."""
+    pretend_gpus()
+    ENGINES["deepspeed" if "zero3" in names else "ddp"].start()
+    if "cp" in names:
+        check_splits()
+    for name in names:
+        for smoothing in (0.0, 0.1):
+            if smoothing and name != "cp":
+                continue
+            if dist.get_rank() == 0:
+                print(name, smoothing, flush=True)
+            trains_as_one_process(name, Path(folder) / f"{name}-{smoothing}", smoothing)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
