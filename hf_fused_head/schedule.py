@@ -384,8 +384,8 @@ class _Step:
         rows = self.num_tokens * _ROW_BYTES
         if name == "loss_only":
             return sums + rows
-        # Scaled hidden states borrow the memory of their gradient, where there is one that is theirs
-        # alone; not with the rows that smoothing appends to them.
+        # Scaled hidden states borrow the memory of their gradient, where there is one and no rank
+        # shares it; not with the rows that smoothing appends to them.
         borrowed = self.grad_hidden and not (self.smoothing or self.shared_hidden)
         scaled = 0 if borrowed else chunk * self.hidden_size * self.item
         if self.shared_hidden and self.item != self.acc and name == "gradient_in_forward":
