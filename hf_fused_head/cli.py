@@ -254,7 +254,7 @@ def bench(
     json_file: JsonOption = None,
     commit: Annotated[
         str | None,
-        typer.Option("--commit", help="Of this source, for the header; where there is no git."),
+        typer.Option("--commit", help="Of this source, for the header; default: what git says."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -286,7 +286,7 @@ def bench(
     if content is None:
         settings = suite.Settings(repeats, warmup, check, every_schedule, seed)
         content = _measure(cases, entrants, settings, target)
-        content["header"]["commit"] = content["header"]["commit"] or commit
+        content["header"]["commit"] = commit or content["header"]["commit"]
     _show_bench(content, form)
     _write_json(json_file, content)
     if plot is not None:
