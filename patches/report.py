@@ -114,8 +114,8 @@ def require_fused(model: nn.Module) -> Iterator[None]:
     if state is None or not state.ran:
         report = patch_report(model)
         missing = (
-            "no forward with labels has reached it, although it is patched: give it the labels, "
-            "and call the model itself"
+            "no forward with labels has reached it, although it is patched: give it the labels and "
+            "call the model itself, or patch with strict=False to accept such passes"
         )
         raise UnsupportedModelError(
             f"this pass was not fused: {missing if report.fused else report.reason}"

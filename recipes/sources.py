@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -103,8 +106,7 @@ def load_model(
             model = load_gguf(path)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            cut = {"tp_plan": "auto", "tp_size": tensor_parallel} if tensor_parallel > 1 else {}
-            model = AutoModelForCausalLM.from_pretrained(name, **cut)
+            model = AutoModelForCausalLM.from_pretrained(name, **_cut_over(tensor_parallel))
             tokenizer = AutoTokenizer.from_pretrained(name)
     except _LOAD_ERRORS as error:
         raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error
@@ -112,6 +114,16 @@ def load_model(
     if longest is not None and seq_len > longest:
         raise UserError(f"--seq-len {seq_len}: {name} reads at most {longest} tokens")
     return model, tokenizer
+
+
+def _cut_over(size: int) -> dict[str, Any]:
+    """What has every process read its share of each layer."""
+    if size == 1:
+        return {}
+    distributed: Any = importlib.import_module("transformers.distributed")
+    if "tp_size" in inspect.signature(distributed.DistributedConfig).parameters:
+        return {"distributed_config": distributed.DistributedConfig(tp_plan="auto", tp_size=size)}
+    return {"tp_plan": "auto", "tp_size": size}  # Earlier versions of transformers.
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
