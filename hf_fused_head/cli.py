@@ -285,10 +285,10 @@ def bench(
         raise UserError(str(error)) from error
     if content is None:
         settings = suite.Settings(repeats, warmup, check, every_schedule, seed)
-        content = _measure(cases, entrants, settings, target)
-        content["header"]["commit"] = commit or content["header"]["commit"]
+        content = _measure(cases, entrants, settings, target, commit, json_file)
+    else:
+        _write_json(json_file, content)
     _show_bench(content, form)
-    _write_json(json_file, content)
     if plot is not None:
         drawing.save_plot(content, plot)
     if content["header"].get("stopped"):
@@ -300,12 +300,19 @@ def _split(values: Iterable[str] | None) -> list[str]:
 
 
 def _measure(
-    cases: list[Case], entrants: list[Entrant], settings: Settings, device: torch.device
+    cases: list[Case],
+    entrants: list[Entrant],
+    settings: Settings,
+    device: torch.device,
+    commit: str | None,
+    json_file: Path | None,
 ) -> dict:
+    """Measures the cases one by one; the file holds what is done, should the run be killed."""
     from hf_fused_head.benchmark import contenders, environment, report, suite
 
     steps = None if settings.every_schedule else suite.num_steps(len(entrants), settings)
     header = environment.header(device, contenders.PEER_PACKAGES, settings.protocol(device))
+    header["commit"] = commit or header["commit"]
     records = []
     try:
         with _progress() as progress:
@@ -318,6 +325,9 @@ def _measure(
                     # What is measured already may have cost an hour: it is shown and written.
                     header["stopped"] = str(error)
                     break
+                finally:
+                    if records:
+                        _write_json(json_file, report.document(header, records))
                 progress.remove_task(task)
     except suite.CheckFailed as error:
         raise typer.Exit(_complain(f"check failed, nothing was timed: {error}", 1)) from error

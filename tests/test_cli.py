@@ -255,3 +255,23 @@ def test_bench_keeps_what_it_measured_when_a_workload_does_not_fit(
     assert run("bench", "smoke", "mistral-7b", "-c", "ours", "--repeats", 1, "--json", file) == 2
     assert "mistral-7b" in capsys.readouterr().err
     assert [row["workload"] for row in json.loads(file.read_text())["results"]] == ["smoke"]
+
+
+def test_bench_keeps_what_it_measured_when_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = suite.run_case
+
+    def run_case(case, *arguments):
+        if case.ignored:
+            raise SystemExit(137)
+        return right(case, *arguments)
+
+    monkeypatch.setattr(suite, "run_case", run_case)
+    file = tmp_path / "part.json"
+    ignored = ("--ignored", 0, "--ignored", 0.5)
+    options = ("-c", "ours", "--repeats", 1, "--commit", "abc", "--json", file)
+    assert run("bench", "smoke", *ignored, *options) == 137
+    document = json.loads(file.read_text())
+    assert [row["ignored"] for row in document["results"]] == [0.0]
+    assert document["header"]["commit"] == "abc"
