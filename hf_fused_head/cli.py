@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -177,33 +177,47 @@ def plan(
     per_token: Annotated[
         bool, typer.Option("--per-token", help='Gradients arrive per token (reduction="none").')
     ] = False,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that share the vocabulary.")] = 1,
+    fsdp: Annotated[int, typer.Option("--fsdp", min=1, help="Ranks that share the weights.")] = 1,
+    sp: Annotated[int, typer.Option("--sp", min=1, help="Ranks that share every sequence.")] = 1,
     impl: Annotated[str, typer.Option("--impl", help="auto, triton, torch or reference.")] = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Show memory and passes of the stock head and of every schedule of the fused one."""
+    """Show memory and passes of the stock head and of every schedule of the fused one.
+
+    With --tp, --fsdp or --sp all of it is of one rank, and what that rank holds and sends beside it
+    is shown too.
+    """
     _refuse_overwriting(json_file, force=force)
-    from hf_fused_head.benchmark import environment, estimate
+    from hf_fused_head.benchmark import environment, estimate, scaling
 
     # A plan may be for a machine that this one is not, so the device need not be here.
     device_type = device or environment.default_device().type
     if device_type not in ("cpu", "cuda"):
         raise UserError(f"`--device` must be cpu or cuda, got {device_type!r}")
+    layout = scaling.Layout(tp, fsdp, sp)
     try:
+        shape = estimate.read_shape(model, None if dtype is None else _dtype(dtype))
+        share = scaling.per_rank(shape, tokens, layout, frozen_head)
         result = estimate.estimate(
-            estimate.read_shape(model, None if dtype is None else _dtype(dtype)),
-            tokens,
+            replace(shape, vocab_size=share.rows),
+            share.tokens,
             device_type=device_type,
             impl=impl,
             frozen_head=frozen_head,
             per_token=per_token,
             memory_budget_mib=budget_mib,
+            shared_hidden=tp > 1,
         )
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     content = result.document()
     console = _console()
+    if layout.ranks > 1:
+        content["rank"] = asdict(share)
+        console.print(estimate.rank_line(content["rank"]), highlight=False, markup=False)
     console.print(estimate.headline(content), highlight=False, markup=False)
     console.print(estimate.table(content))
     _write_json(json_file, content)

@@ -129,6 +129,20 @@ def test_plan_has_one_record_a_schedule(
     assert all(name in shown for name in ["stock", *names])
 
 
+def test_plan_of_one_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--tokens", 8192, "--tp", 2, "--fsdp", 4, "--sp", 2, "--json", file)
+    assert run("plan", "llama3-8b", *options) == 0
+    content = json.loads(file.read_text())
+    assert (content["vocab_size"], content["num_tokens"]) == (128256 // 2, 8192 // 2)
+    assert content["rank"]["ranks"] == 16
+    assert content["rank"]["held_weight_bytes"] == 128256 * 4096 * 2 // 16
+    assert content["stock_logits_bytes"] == 8192 * 128256 * 2 // 4
+    assert "one of 16 ranks: 64128 rows, 4096 tokens" in capsys.readouterr().out
+    assert run("plan", "smoke", "--tokens", 4, "--sp", 5) == 2
+    assert "`sequence` must be at most 4" in capsys.readouterr().err
+
+
 def test_plan_reads_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = tmp_path / "plain.json"
     plain.write_text('{"hidden_size": 8, "vocab_size": 12, "torch_dtype": "float32"}')

@@ -135,6 +135,7 @@ def estimate(
     frozen_head: bool = False,
     per_token: bool = False,
     memory_budget_mib: int | None = None,
+    shared_hidden: bool = False,
 ) -> Estimate:
     """The stock head beside every schedule of the fused one.
 
@@ -146,6 +147,7 @@ def estimate(
         frozen_head: Whether the head gets no gradient.
         per_token: Whether the upstream gradient arrives per token (`reduction="none"`).
         memory_budget_mib: As in `linear_cross_entropy`.
+        shared_hidden: Whether the head is one rank's rows of a larger one.
 
     Raises:
         ValueError: If there is no such `impl`.
@@ -163,6 +165,7 @@ def estimate(
         "grad_weight": not frozen_head,
         "per_token": per_token,
         "memory_budget_mib": memory_budget_mib,
+        "shared_hidden": shared_hidden,
     }
     chosen = plan(**arguments)
     candidates = schedules(**arguments)
@@ -214,6 +217,21 @@ def headline(content: dict) -> str:
         f"vocabulary {content['vocab_size']}, {content['dtype']}; "
         f"stock logits {mebibytes(content['stock_logits_bytes'])} MiB; "
         f"impl {content['impl']}: {content['impl_reason']}"
+    )
+
+
+def rank_line(rank: dict) -> str:
+    """What one rank of many has beside its schedules, in one line; see `scaling`."""
+
+    def mib(*names: str) -> str:
+        return mebibytes(sum(rank[f"{name}_bytes"] for name in names))
+
+    return (
+        f"one of {rank['ranks']} ranks: {rank['rows']} rows, {rank['tokens']} tokens; holds "
+        f"{mib('held_weight')} MiB of weights and {mib('held_gradient')} MiB of their gradient, "
+        f"gathers {mib('gathered_weight')} MiB; sends in a step "
+        f"{mib('sent_vocabulary')} MiB for the vocabulary, "
+        f"{mib('sent_weight', 'sent_gradient')} MiB for weights and gradient"
     )
 
 
