@@ -18,18 +18,6 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Takes the keywords of `linear_cross_entropy`; `weight` becomes a buffer that follows `.to()` and
     is saved with the module, as in `torch.nn.CrossEntropyLoss`.
-
-    Args:
-        weight: Weight of each class in the cross-entropy, [vocab]; not differentiable.
-        reduction: "mean", "sum", or "none" for one loss per token.
-        ignore_index: The label of tokens without loss.
-        label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
-        logit_scale: Factor on the logits.
-        softcap: Cap of the logits by `tanh`; None for none.
-        z_loss: Factor on the squared log-sum-exp of valid tokens; class weights do not touch it.
-        impl: "auto", "triton", "torch" or "reference".
-        memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
-        process_group: The ranks that share the head, in the order of their rows.
     """
 
     weight: Tensor | None

@@ -177,39 +177,56 @@ def _ignore(labels, places, index=-100):
     return labels.clone().index_fill_(0, torch.tensor(places), index)
 
 
+class WithIgnoredRows:
+    """The engine on a batch with some rows more, which do not count, begun as an attempt.
+
+    It answers for the rows that count, and holds what it has for the others to zero.
+    """
+
+    def __init__(self, places):
+        self.places = places
+
+    def forward_backward(self, operands, labels, nll, smooth, z, *rest):
+        num_tokens = labels.shape[0] + len(self.places)
+        kept = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, self.places, False)
+
+        def among_all(rows, fill):
+            if rows is None:
+                return None
+            # Whatever stands there must not matter.
+            return rows.new_full((num_tokens, *rows.shape[1:]), fill).masked_scatter_(
+                kept.reshape(-1, *[1] * (rows.dim() - 1)), rows
+            )
+
+        more = operands._replace(inputs=[among_all(hidden, 2) for hidden in operands.inputs])
+        vocab_size = operands.weights[0].shape[0]
+        attempt = fused.begin(among_all(labels, -100), -100, vocab_size, pytest.fail)
+        weights = [among_all(weight, 3.0) for weight in (nll, smooth, z)]
+        stats, grads = fused.forward_backward(
+            more, attempt.labels, *weights, *rest, attempt=attempt
+        )
+        wanted = [smooth is not None, True, True]
+        alone = fused.forward(more, attempt.labels, 2**30, *wanted, attempt=attempt)
+        rows = [value for value in stats[:5] if value.numel()]
+        for value, other in zip(rows, [v for v in alone[:5] if v.numel()], strict=True):
+            assert torch.equal(value, other)
+        assert torch.isfinite(alone.correction).all()
+        count = len(operands.inputs)
+        for value in (*rows, *grads[:count]):
+            assert not value[~kept].any()
+        kept_stats = [value[kept] if value.numel() else value for value in stats[:5]]
+        kept_grads = [grad[kept] for grad in grads[:count]] + grads[count:]
+        return stats._replace(**dict(zip(stats._fields[:5], kept_stats, strict=True))), kept_grads
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["plain", "everything", "softcap_smooth"])
 def test_a_few_ignored_rows_ride_along(name, schedule, monkeypatch):
     """Begun before the labels are counted: the same as without the rows, and zero in them."""
     monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
-    case, num_tokens, ignored = CASES[name], 68, [0, 41]
-    operands, labels = operands_of(case, num_tokens, *SIZES[1:], torch.float32, "cpu")
-    labels = _ignore(labels, ignored)
-    kept = (labels >= 0).nonzero()[:, 0]
-    weights = row_weights(case, num_tokens, "cpu")
-    rest = (all_needs(operands), 2**30, True, True)
-    attempt = fused.begin(labels, -100, SIZES[2], pytest.fail)
-    stats, grads = fused.forward_backward(
-        operands, attempt.labels, *weights, *rest, attempt=attempt
-    )
-    part = operands._replace(inputs=[hidden[kept] for hidden in operands.inputs])
-    part_weights = [None if weight is None else weight[kept] for weight in weights]
-    plain_stats, plain = reference.forward_backward(part, labels[kept], *part_weights, *rest)
-    for ours, theirs in zip(stats[:5], plain_stats[:5], strict=True):
-        if ours.numel():
-            assert not ours[ignored].any()
-            torch.testing.assert_close(ours[kept], theirs)
-    for ours, theirs in zip(grads, plain, strict=True):
-        if ours.shape[0] == num_tokens:
-            assert not ours[ignored].any()
-            ours = ours[kept]
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    statistics = fused.forward(
-        operands, attempt.labels, 2**30, case.smooth, True, True, attempt=attempt
-    )
-    for ours, theirs in zip(statistics[:5], stats[:5], strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert torch.isfinite(statistics.correction).all()
+    operands, labels = operands_of(CASES[name], 66, *SIZES[1:], torch.float32, "cpu")
+    engine = WithIgnoredRows(torch.tensor([0, 41]))
+    check_forward_backward(engine, CASES[name], operands, labels)
 
 
 def test_an_attempt_with_many_ignored_rows_is_abandoned(monkeypatch):

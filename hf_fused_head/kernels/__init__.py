@@ -1,4 +1,4 @@
-"""Triton kernels of the fused head; they import torch and triton, and nothing of this package.
+"""Triton kernels of the fused head; of this package they import `distributed` alone.
 
 Axis letters in names of sizes, blocks and comments:
 
@@ -14,8 +14,10 @@ logits: never the logits themselves.
     product.py     how a tile of logits is accumulated: raster, products, bias, scale, softcap
     epilogue.py    what happens to it in registers: row sums, exponents, gradient
     head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
-    rows.py        the logit of the label, scaling by row
-    statistics.py  sums of tiles to statistics of rows; rows whose exponents overflowed
+    rows.py        which labels count, the logit of the label, scaling by row
+    statistics.py  sums of tiles to statistics of rows
+    overflow.py    rows whose exponents overflowed, made again around their maximum
+    merging.py     sums of the tiles of all ranks, for a head that is cut along the vocabulary
     gradients.py   stored tiles to gradients, by cuBLAS
     passes.py      the passes of one call, in the order that a schedule asks for
     tuning.py      which tile a card and a dtype get

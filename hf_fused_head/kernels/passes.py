@@ -21,6 +21,7 @@ from hf_fused_head.kernels.operands import (
     RowWeights,
     Totals,
 )
+from hf_fused_head.kernels.overflow import launch_overflow
 from hf_fused_head.kernels.rows import launch_anchor
 from hf_fused_head.kernels.statistics import OVERFLOW, launch_finish
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
@@ -153,8 +154,9 @@ def _row_statistics(
         raise Abandoned
     shift, sums = _of_all_ranks(call, anchor, sums, store)
     class_total = None if outputs.smooth is None else call.class_total()
-    rest = (class_total, weights, outputs, store, call.allow_tf32)
+    rest = (class_total, weights, outputs, store)
     launch_finish(head, labels, shift, anchor, sums, call.vocab_total, *rest)
+    launch_overflow(head, labels, anchor, *rest, call.allow_tf32)
 
 
 def _exponents(call: Call, shift: Tensor, sums: RowSums, store: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""From the sums of its tiles to a row's statistics, and rows whose exponents overflowed."""
+"""From the sums of its tiles to the statistics of a row."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hf_fused_head.kernels.epilogue import level_of
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
-from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of, softcap_slope
-from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
+from hf_fused_head.kernels.product import LOG2E, softcap_slope
+from hf_fused_head.kernels.tuning import cdiv
 
 # Above this sum of exp(z - z_y), 44 nats of loss, a row is made again around its maximum: exponents
 # and their products with weights stay far inside bfloat16's and float32's range.
@@ -26,7 +26,7 @@ def _log1p(x):
 
 
 @triton.jit
-def _finish_rows(
+def finish_rows(
     offs_t,
     mask_t,
     total,
@@ -156,7 +156,7 @@ def _finish_kernel(
     anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
     counts = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) >= 0
     sums = tl.sum(total, 0)
-    _finish_rows(
+    finish_rows(
         offs_t,
         mask_t,
         sums,
@@ -194,219 +194,6 @@ def _finish_kernel(
         tl.store(correct_ptr + offs_t, correct, mask=mask_t)
 
 
-@triton.jit
-def _overflow_tile(
-    hidden_ptr,
-    weight_ptr,
-    low_ptr,
-    low_weight_ptr,
-    bias_ptr,
-    logit_scale,
-    softcap,
-    stride_hidden_t,
-    stride_weight_v,
-    stride_low_t,
-    stride_low_weight_v,
-    offs_t,
-    offs_v,
-    num_tokens,
-    vocab_size,
-    hidden_size,
-    rank,
-    BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    acc = accumulate_product(
-        acc,
-        hidden_ptr,
-        weight_ptr,
-        stride_hidden_t,
-        stride_weight_v,
-        offs_t,
-        offs_v,
-        num_tokens,
-        vocab_size,
-        hidden_size,
-        BLOCK_H,
-        False,
-        PRECISION,
-        UPCAST,
-    )
-    if low_ptr is not None:
-        acc = accumulate_product(
-            acc,
-            low_ptr,
-            low_weight_ptr,
-            stride_low_t,
-            stride_low_weight_v,
-            offs_t,
-            offs_v,
-            num_tokens,
-            vocab_size,
-            rank,
-            BLOCK_R,
-            False,
-            PRECISION,
-            UPCAST,
-        )
-    return logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "vocab_size", "stored_vocab"])
-def _overflow_kernel(
-    hidden_ptr,
-    weight_ptr,
-    low_ptr,
-    low_weight_ptr,
-    bias_ptr,
-    labels_ptr,
-    anchor_ptr,
-    overflowed_ptr,
-    class_total_ptr,
-    nll_weight_ptr,
-    smooth_weight_ptr,
-    z_weight_ptr,
-    nll_ptr,
-    lse_ptr,
-    smooth_ptr,
-    entropy_ptr,
-    factor_ptr,
-    store_ptr,
-    stride_store_t,
-    stored_vocab,
-    logit_scale,
-    softcap,
-    num_tokens,
-    vocab_size,
-    hidden_size,
-    rank,
-    stride_hidden_t,
-    stride_weight_v,
-    stride_low_t,
-    stride_low_weight_v,
-    BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Program i owns BLOCK rows and all of V; without an overflowed row it ends at once.
-
-    A running maximum makes the sums, a second sweep writes the exponents around it.
-    """
-    offs_t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    redo = tl.load(overflowed_ptr + offs_t, mask=offs_t < num_tokens, other=0) != 0
-    if tl.max(redo.to(tl.int32), 0) == 0:
-        return
-    label_logit = tl.load(anchor_ptr + offs_t, mask=redo, other=0.0)
-    labels = tl.load(labels_ptr + offs_t, mask=redo, other=-1).to(tl.int32)
-    peak = label_logit
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    entropy_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        offs_v = start + tl.arange(0, BLOCK)
-        logits = _overflow_tile(
-            hidden_ptr,
-            weight_ptr,
-            low_ptr,
-            low_weight_ptr,
-            bias_ptr,
-            logit_scale,
-            softcap,
-            stride_hidden_t,
-            stride_weight_v,
-            stride_low_t,
-            stride_low_weight_v,
-            offs_t,
-            offs_v,
-            num_tokens,
-            vocab_size,
-            hidden_size,
-            rank,
-            BLOCK,
-            BLOCK_H,
-            BLOCK_R,
-            PRECISION,
-            UPCAST,
-        )
-        other = (offs_v[None, :] != labels[:, None]) & (offs_v < vocab_size)[None, :]
-        new_peak = tl.maximum(peak, tl.max(tl.where(other, logits, float("-inf")), 1))
-        shifted = logits - new_peak[:, None]
-        exponents = tl.where(other, tl.exp2(shifted * LOG2E), 0.0)
-        decay = tl.exp2((peak - new_peak) * LOG2E)
-        weighted = tl.where(exponents > 0, exponents * shifted, 0.0)
-        entropy_sum = decay * (entropy_sum + total * (peak - new_peak)) + tl.sum(weighted, 1)
-        total = decay * total + tl.sum(exponents, 1)
-        peak = new_peak
-    if smooth_ptr is not None:
-        exp_label = tl.exp2((label_logit - peak) * LOG2E)
-        nll = tl.log(total + exp_label) - (label_logit - peak)
-        smooth = tl.load(smooth_ptr + offs_t, mask=redo, other=0.0)
-        smooth += tl.load(class_total_ptr) * nll / vocab_size
-        tl.store(smooth_ptr + offs_t, smooth, mask=redo)
-    if store_ptr is not None:
-        for start in range(0, stored_vocab, BLOCK):
-            offs_v = start + tl.arange(0, BLOCK)
-            logits = _overflow_tile(
-                hidden_ptr,
-                weight_ptr,
-                low_ptr,
-                low_weight_ptr,
-                bias_ptr,
-                logit_scale,
-                softcap,
-                stride_hidden_t,
-                stride_weight_v,
-                stride_low_t,
-                stride_low_weight_v,
-                offs_t,
-                offs_v,
-                num_tokens,
-                vocab_size,
-                hidden_size,
-                rank,
-                BLOCK,
-                BLOCK_H,
-                BLOCK_R,
-                PRECISION,
-                UPCAST,
-            )
-            tile = tl.exp2((logits - peak[:, None]) * LOG2E)
-            if softcap is not None:
-                tile *= softcap_slope(logits, softcap)
-            place = store_ptr + offs_t.to(tl.int64)[:, None] * stride_store_t + offs_v[None, :]
-            # The label's entry is another thread's store, below: this sweep leaves it out.
-            other = (offs_v[None, :] != labels[:, None]) & (offs_v < stored_vocab)[None, :]
-            tl.store(place, tile.to(store_ptr.dtype.element_ty), mask=redo[:, None] & other)
-    _finish_rows(
-        offs_t,
-        redo,
-        total,
-        entropy_sum,
-        peak,
-        label_logit,
-        class_total_ptr,
-        vocab_size,
-        logit_scale,
-        softcap,
-        nll_weight_ptr,
-        smooth_weight_ptr,
-        z_weight_ptr,
-        nll_ptr,
-        lse_ptr,
-        entropy_ptr,
-        factor_ptr,
-        labels_ptr,
-        store_ptr,
-        stride_store_t,
-        stored_vocab,
-    )
-
-
 def launch_finish(
     head: Head,
     labels: Tensor,
@@ -418,12 +205,8 @@ def launch_finish(
     weights: RowWeights | None,
     outputs: RowOutputs,
     store: Tensor | None,
-    allow_tf32: bool,
 ) -> None:
-    """Completes rows from the sums of their tiles, and makes overflowed rows again.
-
-    Two launches; the second one looks at `outputs.overflowed` on the device, and ends at once where
-    no row needs it.
+    """Completes rows from the sums of their tiles; `outputs.overflowed` says which it could not.
 
     Args:
         head: All rows that are here.
@@ -437,7 +220,6 @@ def launch_finish(
         outputs: Written; nothing in it needs to be zeroed.
         store: [T, kept columns], unit stride along V: the exponents of `launch_exponents`, whose
             label entries are written here; None when no gradient is made.
-        allow_tf32: As in `launch_exponents`.
     """
     num_tokens = labels.shape[0]
     nll_weight, smooth_weight, z_weight = weights or (None, None, None)
@@ -465,45 +247,4 @@ def launch_finish(
         BLOCK_T=32,
         BLOCK_N=32,
         num_warps=4,
-    )
-    hidden_size = head.hidden.shape[1]
-    rank = 0 if head.low is None else head.low.shape[1]
-    _overflow_kernel[(cdiv(num_tokens, OVERFLOW_BLOCK),)](
-        head.hidden,
-        head.weight,
-        head.low,
-        head.low_weight,
-        head.bias,
-        labels,
-        anchor,
-        outputs.overflowed,
-        class_total,
-        nll_weight,
-        smooth_weight,
-        z_weight,
-        outputs.nll,
-        outputs.lse,
-        outputs.smooth,
-        outputs.entropy,
-        outputs.factor,
-        store,
-        stride_store,
-        stored_vocab,
-        float(head.logit_scale),
-        softcap,
-        num_tokens,
-        head.weight.shape[0],
-        hidden_size,
-        rank,
-        head.hidden.stride(0),
-        head.weight.stride(0),
-        0 if head.low is None else head.low.stride(0),
-        0 if head.low_weight is None else head.low_weight.stride(0),
-        BLOCK=OVERFLOW_BLOCK,
-        BLOCK_H=32,
-        BLOCK_R=low_rank_block(rank),
-        PRECISION="tf32" if allow_tf32 else "ieee",
-        UPCAST=interpreted(),
-        num_warps=4,
-        num_stages=2,
     )
