@@ -186,9 +186,9 @@ def begin(
     """
     on_gpu = labels.is_cuda
     with _on_device(labels.device):
-        plain, counts = launch_count(labels.contiguous(), ignore_index, vocab_size)
+        plain, rows, counts = launch_count(labels.contiguous(), ignore_index, vocab_size)
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            return Attempt(plain, None, lambda: True)
+            return Attempt(plain, None, lambda: True, lambda: rows)
         on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=on_gpu)
         on_host.copy_(counts, non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if on_gpu else None
@@ -196,12 +196,12 @@ def begin(
     def goes_on() -> bool:
         if arrived is not None:
             arrived.synchronize()
-        num_wrong, many_ignored = on_host.tolist()
+        num_wrong, many_ignored, _ = on_host.tolist()
         if num_wrong:
             complain()
         return not many_ignored
 
-    return Attempt(plain, counts[1:], goes_on)
+    return Attempt(plain, counts[1:2], goes_on, lambda: rows[: int(on_host[2])])
 
 
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:

@@ -194,7 +194,9 @@ def _ask(head: _Head, shard: VocabShard, question: Callable[..., Any]) -> tuple[
         answer = question(engine, head.operands(None, shard), labels, None, attempt=attempt)
         if answer is not None:
             return None, answer
-    rows = head.kept_rows(shard)
+        rows = attempt.kept_rows()
+    else:
+        rows = head.kept_rows(shard)
     if _no_row(rows, head):
         return rows, None
     labels = shard.columns_of(_take(rows, flat), rows_here)

@@ -241,6 +241,7 @@ def test_an_attempt_with_many_ignored_rows_is_abandoned(monkeypatch):
         statistics = (operands, attempt.labels, 2**30, False, False, False)
         assert (fused.forward(*statistics, attempt=attempt) is not None) == answers
         assert bool(attempt.many_ignored) != answers
+        assert attempt.kept_rows().tolist() == [i for i in range(64) if i not in places]
 
 
 def test_a_wrong_label_reads_nothing_and_is_named():

@@ -7,8 +7,8 @@ loss, with the bytes that a rank sends a token:
 
     agree     all-gather of a few integers, once, whatever the number of tokens
     forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
-              smoothing, entropy and accuracy one collective more, 4 for each (accuracy 8 in the
-              Triton engine); 4 to 12 where a loss is beyond what exponents can hold
+              smoothing, entropy and accuracy one collective more, 4 for each (the Triton engine
+              4 more with entropy or accuracy); 4 to 12 where a loss is beyond what exponents hold
     backward  sum of the hidden states' partial gradients, float32, 4 a column; weight and bias
               are local
 

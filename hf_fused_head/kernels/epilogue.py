@@ -7,61 +7,34 @@ import triton.language as tl
 
 from hf_fused_head.kernels.product import LOG2E, logits_of, softcap_slope
 
-
-@triton.jit
-def level_of(total):
-    """What a tile's shifted logits are counted from in its entropy sum: near those that matter.
-
-    Counted from the anchor, which may lie 40 nats below, the entropy would be the small difference
-    of two sums, each with the rounding of its own order of summation.
-    """
-    return tl.where((total > 0) & (total < float("inf")), tl.log(total), 0.0)
+# exp of this is zero in float32: what lies lower counts as this where a logarithm has to be finite.
+LOWEST = tl.constexpr(-200.0)
 
 
 @triton.jit
-def _store_sums(
-    logits,
-    exponents,
-    shifted,
-    at_label,
-    offs_t,
-    offs_v,
-    pid_v,
-    labels,
-    num_tokens,
-    vocab_size,
-    class_weight_ptr,
-    total_ptr,
-    entropy_ptr,
-    smooth_ptr,
-    best_ptr,
-    target_ptr,
-):
-    """Writes this tile's row sums at [pid_v, offs_t]; see `RowSums`."""
-    place = pid_v.to(tl.int64) * num_tokens + offs_t
-    mask_t = offs_t < num_tokens
-    total = tl.sum(exponents, 1)
-    tl.store(total_ptr + place, total, mask=mask_t)
-    if entropy_ptr is not None:
-        # exp(-inf) * -inf would be nan: a column without mass adds nothing.
-        around = shifted - level_of(total)[:, None]
-        weighted = tl.where(exponents > 0, exponents * around, 0.0)
-        tl.store(entropy_ptr + place, tl.sum(weighted, 1), mask=mask_t)
-    if smooth_ptr is not None:
-        inside = (offs_v < vocab_size)[None, :]
-        if class_weight_ptr is not None:
-            weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < vocab_size, other=0.0)
-            spread = tl.where(inside, shifted * weight.to(tl.float32)[None, :], 0.0)
-        else:
-            spread = tl.where(inside, shifted, 0.0)
-        tl.store(smooth_ptr + place, tl.sum(spread, 1), mask=mask_t)
+def _store_smooth(shifted, offs_v, place, mask_t, vocab_size, class_weight_ptr, smooth_ptr):
+    """Writes the row sums of the shifted logits, weighted; the label's among them."""
+    inside = offs_v < vocab_size
+    spread = shifted
+    if class_weight_ptr is not None:
+        weight = tl.load(class_weight_ptr + offs_v, mask=inside, other=0.0)
+        spread *= weight.to(tl.float32)[None, :]
+    spread = tl.where(inside[None, :], spread, 0.0)
+    tl.store(smooth_ptr + place, tl.sum(spread, 1), mask=mask_t)
+
+
+@triton.jit
+def _store_sums(shifted, exponents, place, mask_t, total_ptr, entropy_ptr, best_ptr):
+    """Writes a tile's row sums, from shifted logits that are -inf where they do not count."""
+    tl.store(total_ptr + place, tl.sum(exponents, 1), mask=mask_t)
     if best_ptr is not None:
-        other = (offs_v < vocab_size)[None, :] & (at_label == 0)
-        tl.store(best_ptr + place, tl.max(tl.where(other, logits, float("-inf")), 1), mask=mask_t)
-        here = mask_t & (labels >= tl.min(offs_v, 0)) & (labels <= tl.max(offs_v, 0))
-        # A label beyond V is another rank's.
-        here = here & (labels < vocab_size)
-        tl.store(target_ptr + offs_t, tl.sum(tl.where(at_label, logits, 0.0), 1), mask=here)
+        best = tl.max(shifted, 1)
+        tl.store(best_ptr + place, best, mask=mask_t)
+        if entropy_ptr is not None:
+            # Counted from the anchor, which may lie 40 nats below, the entropy would be the small
+            # difference of two sums, each with the rounding of its own order of summation.
+            around = tl.maximum(shifted, LOWEST) - tl.maximum(best, LOWEST)[:, None]
+            tl.store(entropy_ptr + place, tl.sum(exponents * around, 1), mask=mask_t)
 
 
 @triton.jit
@@ -69,7 +42,7 @@ def epilogue(
     acc,
     offs_t,
     offs_v,
-    pid_v,
+    first_v,
     num_tokens,
     vocab_size,
     vocab_start,
@@ -83,7 +56,7 @@ def epilogue(
     entropy_sum_ptr,
     smooth_sum_ptr,
     best_ptr,
-    target_logit_ptr,
+    target_shifted_ptr,
     alpha_ptr,
     target_ptr,
     gamma_ptr,
@@ -98,54 +71,47 @@ def epilogue(
     mask_t = offs_t < num_tokens
     shift = tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
     labels = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - vocab_start).to(tl.int32)
-    at_label = offs_v[None, :] == labels[:, None]
+    # Few tiles hold a label of one of their rows, and only the last ones columns beyond V: the
+    # others are spared two comparisons and a choice an element.
+    end_v = first_v + offs_v.shape[0]
+    here = (labels >= first_v) & (labels < end_v)
+    holds_label = tl.max(here.to(tl.int32), 0) > 0
     logits = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
     shifted = logits - shift[:, None]
-    scaled = shifted * LOG2E
     if alpha_ptr is None:
-        # Few tiles hold a label of one of their rows, and only the last ones columns beyond V:
-        # the others are spared two comparisons and a choice an element.
-        first_v = tl.min(offs_v, 0)
-        last_v = tl.max(offs_v, 0)
-        holds_label = tl.max(((labels >= first_v) & (labels <= last_v)).to(tl.int32), 0)
-        if (holds_label > 0) | (last_v >= vocab_size):
-            outside = at_label | (offs_v >= vocab_size)[None, :]
-            scaled = tl.where(outside, float("-inf"), scaled)
-        tile = tl.exp2(scaled)
-        if total_ptr is not None:
-            _store_sums(
-                logits,
-                tile,
-                shifted,
-                at_label,
-                offs_t,
-                offs_v,
-                pid_v,
-                labels,
-                num_tokens,
-                vocab_size,
-                class_weight_ptr,
-                total_ptr,
-                entropy_sum_ptr,
-                smooth_sum_ptr,
-                best_ptr,
-                target_logit_ptr,
+        place = (first_v // offs_v.shape[0]).to(tl.int64) * num_tokens + offs_t
+        if smooth_sum_ptr is not None:
+            _store_smooth(
+                shifted, offs_v, place, mask_t, vocab_size, class_weight_ptr, smooth_sum_ptr
             )
+        if holds_label | (end_v > vocab_size):
+            at_label = offs_v[None, :] == labels[:, None]
+            if target_shifted_ptr is not None:
+                # A label beyond V is another rank's.
+                own = mask_t & here & (labels < vocab_size)
+                target_shifted = tl.sum(tl.where(at_label, shifted, 0.0), 1)
+                tl.store(target_shifted_ptr + offs_t, target_shifted, mask=own)
+            outside = at_label | (offs_v >= vocab_size)[None, :]
+            shifted = tl.where(outside, float("-inf"), shifted)
+        tile = tl.exp2(shifted * LOG2E)
+        if total_ptr is not None:
+            _store_sums(shifted, tile, place, mask_t, total_ptr, entropy_sum_ptr, best_ptr)
         if softcap is not None:
             tile *= softcap_slope(logits, softcap)
     else:
-        exponents = tl.exp2(scaled)
+        exponents = tl.exp2(shifted * LOG2E)
         alpha = tl.load(alpha_ptr + offs_t, mask=mask_t, other=0.0)
-        target = tl.load(target_ptr + offs_t, mask=mask_t, other=0.0)
         if eta_ptr is not None:
             eta = tl.load(eta_ptr + offs_t, mask=mask_t, other=0.0)
             entropy = tl.load(entropy_ptr + offs_t, mask=mask_t, other=0.0)
-            # -inf * 0 would be nan: a column without mass has no entropy gradient either.
-            log_p = tl.where(exponents > 0, shifted, 0.0)
+            # A column without mass has no entropy gradient either.
+            log_p = tl.maximum(shifted, LOWEST)
             tile = exponents * (alpha[:, None] - eta[:, None] * (log_p + entropy[:, None]))
         else:
             tile = exponents * alpha[:, None]
-        tile = tl.where(at_label, target[:, None], tile)
+        if holds_label:
+            target = tl.load(target_ptr + offs_t, mask=mask_t, other=0.0)
+            tile = tl.where(offs_v[None, :] == labels[:, None], target[:, None], tile)
         if gamma_ptr is not None:
             gamma = tl.load(gamma_ptr + offs_t, mask=mask_t, other=0.0)
             if class_weight_ptr is not None:

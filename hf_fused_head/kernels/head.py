@@ -31,7 +31,7 @@ def _head_descriptor_kernel(
     entropy_sum_ptr,
     smooth_sum_ptr,
     best_ptr,
-    target_logit_ptr,
+    target_shifted_ptr,
     alpha_ptr,
     target_ptr,
     gamma_ptr,
@@ -106,7 +106,7 @@ def _head_descriptor_kernel(
             acc,
             offs_t,
             offs_v,
-            pid_v,
+            pid_v * BLOCK_V,
             num_tokens,
             vocab_size,
             vocab_start,
@@ -120,7 +120,7 @@ def _head_descriptor_kernel(
             entropy_sum_ptr,
             smooth_sum_ptr,
             best_ptr,
-            target_logit_ptr,
+            target_shifted_ptr,
             alpha_ptr,
             target_ptr,
             gamma_ptr,
@@ -153,7 +153,7 @@ def _head_pointer_kernel(
     entropy_sum_ptr,
     smooth_sum_ptr,
     best_ptr,
-    target_logit_ptr,
+    target_shifted_ptr,
     alpha_ptr,
     target_ptr,
     gamma_ptr,
@@ -229,7 +229,7 @@ def _head_pointer_kernel(
         acc,
         offs_t,
         offs_v,
-        pid_v,
+        pid_v * BLOCK_V,
         num_tokens,
         vocab_size,
         vocab_start,
@@ -243,7 +243,7 @@ def _head_pointer_kernel(
         entropy_sum_ptr,
         smooth_sum_ptr,
         best_ptr,
-        target_logit_ptr,
+        target_shifted_ptr,
         alpha_ptr,
         target_ptr,
         gamma_ptr,
@@ -256,8 +256,10 @@ def _head_pointer_kernel(
         tl.store(store_ptrs, tile.to(store_ptr.dtype.element_ty), mask=mask)
 
 
-def _describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can address `matrix`: 16-byte base and row stride."""
+def _describable(matrix: Tensor | None) -> bool:
+    """Whether a tensor descriptor can address `matrix`, if there is one: 16-byte base and rows."""
+    if matrix is None:
+        return True
     row_bytes = matrix.stride(0) * matrix.element_size()
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and matrix.numel() > 0
 
@@ -330,7 +332,7 @@ def _launch(
     vocab_size = head.weight.shape[0]
     upcast = interpreted()
     rank = 0 if head.low is None else head.low.shape[1]
-    total, entropy_sum, smooth_sum, best, target_logit = sums or (None,) * 5
+    total, entropy_sum, smooth_sum, best, target_shifted = sums or (None,) * 5
     _, alpha, target, gamma, eta, entropy = gradient or (None,) * 6
     pointers = (
         head.low,
@@ -343,7 +345,7 @@ def _launch(
         entropy_sum,
         smooth_sum,
         best,
-        target_logit,
+        target_shifted,
         alpha,
         target,
         gamma,
@@ -371,9 +373,16 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    matrices = (head.hidden, head.weight, head.low, head.low_weight, store)
+    if config.pingpong and all(map(_describable, matrices)):
+        # Imported where it runs: the interpreter, and Triton's older versions, have no such Gluon.
+        from hf_fused_head.kernels.pingpong import launch_pingpong
+
+        launch_pingpong(matrices, pointers[2:-2], config)
+        return
     num_tiles = cdiv(num_tokens, config.block_t) * cdiv(vocab_size, config.block_v)
-    matrices = [head.hidden, head.weight] + ([] if store is None else [store])
-    if config.num_programs and all(_describable(matrix) for matrix in matrices):
+    descriptors = bool(config.num_programs) and not config.pingpong
+    if descriptors and all(map(_describable, (head.hidden, head.weight, store))):
         store_block = [config.block_t, config.block_v // (2 if config.halves else 1)]
         _head_descriptor_kernel[(min(config.num_programs, num_tiles),)](
             TensorDescriptor.from_tensor(head.hidden, [config.block_t, config.block_h]),

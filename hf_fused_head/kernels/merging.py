@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.distributed.vocab_parallel import VocabShard
+from hf_fused_head.kernels.epilogue import LOWEST
 from hf_fused_head.kernels.operands import RowSums
 
 
@@ -15,9 +16,10 @@ def merged_sums(shard: VocabShard, sums: RowSums) -> RowSums:
     own = wide.sum(dim=0)
     total = shard.sum(own.float())
     parts = []
-    if sums.entropy is not None:
-        inside = (sums.entropy + _level(sums.total) * wide).sum(dim=0)
-        parts.append((inside - _level(total) * own).float())
+    best = None if sums.best is None else shard.max(sums.best.amax(dim=0))
+    if sums.entropy is not None and best is not None:
+        inside = (sums.entropy + _level(sums.best) * wide).sum(dim=0)
+        parts.append((inside - _level(best) * own).float())
     if sums.smooth is not None:
         parts.append(sums.smooth.double().sum(dim=0).float())
     if sums.target is not None:
@@ -27,11 +29,11 @@ def merged_sums(shard: VocabShard, sums: RowSums) -> RowSums:
         total[None],
         None if sums.entropy is None else next(more)[None],
         None if sums.smooth is None else next(more)[None],
-        None if sums.best is None else shard.max(sums.best.amax(dim=0))[None],
+        None if best is None else best[None],
         None if sums.target is None else next(more),
     )
 
 
-def _level(total: Tensor) -> Tensor:
-    """What `level_of` in the kernels says, in float64."""
-    return torch.where((total > 0) & total.isfinite(), total.log(), 0.0).double()
+def _level(best: Tensor) -> Tensor:
+    """What the entropy's terms are counted from, in float64, as the kernels say it."""
+    return best.double().clamp_min(LOWEST.value)

@@ -63,6 +63,7 @@ class Attempt(NamedTuple):
     labels: Tensor  # [T] int64, -1 where none counts, -2 where it is out of range
     many_ignored: Tensor | None  # one int32 on the device: not 0 if the product must not run
     goes_on: Callable[[], bool]  # the same for the host, which waits; raises for a wrong label
+    kept_rows: Callable[[], Tensor]  # the rows that count, int64, once the host has waited
 
 
 class Abandoned(Exception):
@@ -77,10 +78,10 @@ class RowSums(NamedTuple):
     """
 
     total: Tensor  # sum of exp(z - a) over j != y
-    entropy: Tensor | None  # sum of exp(z - a) (z - a - log(total)) over j != y
+    entropy: Tensor | None  # sum of exp(z - a) (z - a - best) over j != y; needs `best`
     smooth: Tensor | None  # sum of class_weight (z - a) over all j
-    best: Tensor | None  # max of z over j != y
-    target: Tensor | None  # [T]: z at y, of the same product as `best`
+    best: Tensor | None  # max of z - a over j != y
+    target: Tensor | None  # [T]: z - a at y, of the same product as `best`
 
     def tiles(self, tiles: slice) -> RowSums:
         """The part of some vocabulary tiles."""

@@ -107,7 +107,8 @@ def statistics(
         Abandoned: If the attempt is off; nothing of the result is valid then.
     """
     num_tiles = cdiv(call.vocab_size, call.config.block_v)
-    kinds = 1 + sum(t is not None for t in (outputs.smooth, outputs.entropy, outputs.correct))
+    best = outputs.correct is not None or outputs.entropy is not None
+    kinds = 1 + best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
     # The rows that the ranks speak about at once are those that the largest of them can hold.
     tiles_held = cdiv(call.shard.largest(call.vocab_size), call.config.block_v)
     most = call.sums_bytes // (4 * kinds * tiles_held) // MULTIPLE * MULTIPLE
@@ -139,15 +140,16 @@ def _row_statistics(
     def tiles(wanted: bool) -> Tensor | None:
         return call.empty(num_tiles, num_tokens) if wanted else None
 
-    best = outputs.correct is not None
+    best = outputs.correct is not None or outputs.entropy is not None
     sums = RowSums(
         call.empty(num_tiles, num_tokens),
         tiles(outputs.entropy is not None),
         tiles(outputs.smooth is not None),
         tiles(best),
-        torch.zeros_like(anchor) if best else None,
+        torch.zeros_like(anchor) if outputs.correct is not None else None,
     )
-    launch_anchor(head, labels, anchor)
+    skip = None if call.attempt is None else call.attempt.many_ignored
+    launch_anchor(head, labels, anchor, skip)
     call.shard.sum(anchor)
     _exponents(call, anchor, sums, store)
     if call.attempt is not None and not call.attempt.goes_on():
@@ -191,7 +193,7 @@ def _of_all_ranks(
     call = call._replace(attempt=None)
     best = torch.empty_like(sums.total)
     _exponents(call, anchor, sums._replace(best=best, target=torch.zeros_like(anchor)), None)
-    peak = torch.maximum(call.shard.max(best.amax(dim=0)), anchor)
+    peak = anchor + call.shard.max(best.amax(dim=0)).clamp_min(0.0)
     shift = torch.where(far, peak, anchor)
     _exponents(call, shift, sums, store)
     return shift, merged_sums(call.shard, sums)

@@ -18,10 +18,17 @@ _FEW = tl.constexpr(32)
 
 @triton.jit(do_not_specialize=["num_tokens", "ignore_index", "vocab_size"])
 def _count_kernel(
-    labels_ptr, plain_ptr, counts_ptr, num_tokens, ignore_index, vocab_size, BLOCK_T: tl.constexpr
+    labels_ptr,
+    plain_ptr,
+    rows_ptr,
+    counts_ptr,
+    num_tokens,
+    ignore_index,
+    vocab_size,
+    BLOCK_T: tl.constexpr,
 ):
-    """One program: labels that no kernel can read out of bounds with, and two counts."""
-    counted = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    """One program: labels that no kernel can read out of bounds with, rows that count, counts."""
+    counted = 0
     wrong = tl.zeros((BLOCK_T,), dtype=tl.int32)
     for start in range(0, num_tokens, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
@@ -29,13 +36,16 @@ def _count_kernel(
         labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
         inside = (labels >= 0) & (labels < vocab_size)
         kept = mask_t & (labels != ignore_index)
-        counted += (kept & inside).to(tl.int32)
+        counts = (kept & inside).to(tl.int32)
+        place = counted + tl.cumsum(counts, 0) - 1
+        tl.store(rows_ptr + place, offs_t.to(tl.int64), mask=counts != 0)
+        counted += tl.sum(counts, 0)
         wrong += (kept & (inside == 0)).to(tl.int32)
         plain = tl.where(kept, tl.where(inside, labels, -2), -1)
         tl.store(plain_ptr + offs_t, plain, mask=mask_t)
     tl.store(counts_ptr, tl.sum(wrong, 0))
-    ignored = num_tokens - tl.sum(counted, 0)
-    tl.store(counts_ptr + 1, (ignored > num_tokens // _FEW).to(tl.int32))
+    tl.store(counts_ptr + 1, (num_tokens - counted > num_tokens // _FEW).to(tl.int32))
+    tl.store(counts_ptr + 2, counted)
 
 
 @triton.jit
@@ -60,6 +70,7 @@ def _anchor_kernel(
     bias_ptr,
     labels_ptr,
     anchor_ptr,
+    skip_ptr,
     logit_scale,
     softcap,
     vocab_size,
@@ -77,6 +88,10 @@ def _anchor_kernel(
     Infinity where no label counts: every exponent of such a row is then exp(-inf), zero. Zero where
     another rank has the label, which adds it.
     """
+    # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
+    if skip_ptr is not None:  # noqa: SIM102
+        if tl.load(skip_ptr) != 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     if label < 0:
@@ -144,7 +159,9 @@ def _multiply_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
         tl.store(values_ptr + offs, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_count(labels: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+def launch_count(
+    labels: Tensor, ignore_index: int, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which labels count, without a word to the host.
 
     Args:
@@ -154,26 +171,30 @@ def launch_count(labels: Tensor, ignore_index: int, vocab_size: int) -> tuple[Te
 
     Returns:
         plain: [T] int64: the labels that count, -1 for those that do not, -2 out of range.
-        counts: [2] int32: labels out of range; 1 if so many rows do not count that they should be
-            left out before any product, else 0.
+        rows: [T] int64: the rows that count, in order; the rest is not written.
+        counts: [3] int32: labels out of range; 1 if so many rows do not count that they should be
+            left out before any product, else 0; rows that count.
     """
-    plain = torch.empty_like(labels)
-    counts = torch.empty((2,), dtype=torch.int32, device=labels.device)
+    plain, rows = torch.empty_like(labels), torch.empty_like(labels)
+    counts = torch.empty((3,), dtype=torch.int32, device=labels.device)
     num_tokens = labels.shape[0]
     block = min(8192, max(64, power_of_2(num_tokens)))
     _count_kernel[(1,)](
-        labels, plain, counts, num_tokens, ignore_index, vocab_size, BLOCK_T=block, num_warps=16
+        *(labels, plain, rows, counts, num_tokens, ignore_index, vocab_size),
+        BLOCK_T=block,
+        num_warps=16,
     )
-    return plain, counts
+    return plain, rows, counts
 
 
-def launch_anchor(head: Head, labels: Tensor, anchor: Tensor) -> None:
+def launch_anchor(head: Head, labels: Tensor, anchor: Tensor, skip: Tensor | None = None) -> None:
     """Writes the logit of every row's label, infinity for a row without one, 0 for another rank's.
 
     Args:
         head: See `Head`.
         labels: [T] int64 in [0, V), beyond for another rank's, negative where none counts.
         anchor: [T] float32, written.
+        skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
     low, low_weight = head.low, head.low_weight
     hidden_size = head.hidden.shape[1]
@@ -186,6 +207,7 @@ def launch_anchor(head: Head, labels: Tensor, anchor: Tensor) -> None:
         head.bias,
         labels,
         anchor,
+        skip,
         float(head.logit_scale),
         head.softcap,
         head.weight.shape[0],

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fused_head.kernels.epilogue import level_of
+from hf_fused_head.kernels.epilogue import LOWEST
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
 from hf_fused_head.kernels.product import LOG2E, softcap_slope
 from hf_fused_head.kernels.tuning import cdiv
@@ -101,7 +101,7 @@ def _finish_kernel(
     entropy_sum_ptr,
     smooth_sum_ptr,
     best_ptr,
-    target_logit_ptr,
+    target_shifted_ptr,
     shift_ptr,
     anchor_ptr,
     class_total_ptr,
@@ -144,14 +144,15 @@ def _finish_kernel(
         mask = (offs_n < num_tiles_v)[:, None] & mask_t[None, :]
         tile_total = tl.load(total_ptr + place, mask=mask, other=0.0)
         total += tile_total
-        if entropy_sum_ptr is not None:
-            level = level_of(tile_total).to(tl.float64) * tile_total
-            entropy_sum += level + tl.load(entropy_sum_ptr + place, mask=mask, other=0.0)
         if smooth_sum_ptr is not None:
             smooth_sum += tl.load(smooth_sum_ptr + place, mask=mask, other=0.0)
         if best_ptr is not None:
             tile_best = tl.load(best_ptr + place, mask=mask, other=float("-inf"))
             best = tl.maximum(best, tile_best)
+            if entropy_sum_ptr is not None:
+                level = tl.maximum(tile_best, LOWEST).to(tl.float64)
+                tile_entropy = tl.load(entropy_sum_ptr + place, mask=mask, other=0.0)
+                entropy_sum += level * tile_total + tile_entropy
     shift = tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
     anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
     counts = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) >= 0
@@ -189,8 +190,8 @@ def _finish_kernel(
         smooth = (tl.load(class_total_ptr) * above - tl.sum(smooth_sum, 0)) / vocab_size
         tl.store(smooth_ptr + offs_t, tl.where(counts, smooth, 0.0).to(tl.float32), mask=mask_t)
     if correct_ptr is not None:
-        target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t & counts, other=float("-inf"))
-        correct = counts & (tl.max(best, 0) <= target_logit)
+        target = tl.load(target_shifted_ptr + offs_t, mask=mask_t & counts, other=float("-inf"))
+        correct = counts & (tl.max(best, 0) <= target)
         tl.store(correct_ptr + offs_t, correct, mask=mask_t)
 
 

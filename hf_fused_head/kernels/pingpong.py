@@ -1,0 +1,299 @@
+"""The head's product on Hopper: two groups of warps, each behind the other's exponents.
+
+Exponentials keep a multiprocessor's special function units busy for as long as its tensor cores
+need for an eighth to a thirtieth of the product, and warps that make them cannot start the next
+product. Here one warp loads, and two groups of four multiply 64 rows of every tile each. Nothing
+holds the two in step but the operands in flight, so one of them multiplies while the other one
+makes exponents. The products and the stored tiles are those of `head`, bit for bit.
+
+Triton has no word for this; Gluon, its lower dialect, has. The epilogue is written once: Gluon
+reads the source of the Triton functions with its own language in place of Triton's.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hf_fused_head.kernels import epilogue as tile_epilogue
+from hf_fused_head.kernels import product
+from hf_fused_head.kernels.tuning import TileConfig, cdiv
+
+# Renamed in Triton 3.7; both take the same arguments.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+# Registers of a thread: what the loading warp leaves to those that hold a tile of 64 x 256.
+_MULTIPLYING = gl.constexpr(240)
+_LOADING = gl.constexpr(24)
+
+
+def _in_gluon(function: Any, **names: Any) -> Any:
+    """A Triton function's source as a Gluon function, where `tl` and `names` mean Gluon's."""
+    source = function.fn
+    scope = {**source.__globals__, "tl": gl, **names}
+    copy = types.FunctionType(source.__code__, scope, source.__name__, source.__defaults__)
+    return gluon.jit(functools.update_wrapper(copy, source))
+
+
+_tile_position = _in_gluon(product.tile_position)
+_softcap_slope = _in_gluon(product.softcap_slope)
+_logits_of = _in_gluon(product.logits_of, tanh=_in_gluon(product.tanh))
+_epilogue = _in_gluon(
+    tile_epilogue.epilogue,
+    logits_of=_logits_of,
+    softcap_slope=_softcap_slope,
+    _store_smooth=_in_gluon(tile_epilogue._store_smooth),
+    _store_sums=_in_gluon(tile_epilogue._store_sums),
+)
+
+
+@gluon.jit
+def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.constexpr):
+    """The loading warp: fills the ring of operand tiles, the low-rank pair's after the first's."""
+    hidden_desc, weight_desc, low_desc, low_weight_desc = operands
+    hidden_bufs, weight_bufs, ready, free = buffers
+    num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
+    ROWS: gl.constexpr = hidden_desc.block_shape[0]
+    BLOCK_V: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_H: gl.constexpr = weight_desc.block_shape[1]
+    slot = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
+        first_t = pid_t * 2 * ROWS
+        for step in range(num_steps + num_low_steps):
+            bar = ready.index(slot)
+            mbarrier.wait(free.index(slot), phase)
+            mbarrier.expect(bar, 2 * hidden_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            upper, lower = hidden_bufs.index(2 * slot), hidden_bufs.index(2 * slot + 1)
+            if step < num_steps:
+                first_h = step * BLOCK_H
+                _load(hidden_desc, [first_t, first_h], bar, upper)
+                _load(hidden_desc, [first_t + ROWS, first_h], bar, lower)
+                _load(weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot))
+            else:
+                first_h = (step - num_steps) * BLOCK_H
+                _load(low_desc, [first_t, first_h], bar, upper)
+                _load(low_desc, [first_t + ROWS, first_h], bar, lower)
+                _load(low_weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _finish_half(acc, store_desc, out_buf, first_t, first_v, num_tokens, vocab_size, epilogue):
+    """Row sums and, with a store, the stored tile of half of a product's columns."""
+    layout: gl.constexpr = acc.type.layout
+    offs_t = first_t + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
+    offs_v = first_v + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    tile = _epilogue(acc, offs_t, offs_v, first_v, num_tokens, vocab_size, *epilogue)
+    if store_desc is not None:
+        # What this half wrote one tile ago has left the buffer; the other half may be under way.
+        tma.store_wait(1)
+        out_buf.store(tile.to(store_desc.dtype))
+        fence_async_shared()
+        _store(store_desc, [first_t, first_v], out_buf)
+
+
+@gluon.jit
+def _multiply(
+    store,
+    buffers,
+    grid,
+    sizes,
+    epilogue,
+    WHO: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_T: gl.constexpr,
+):
+    """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
+    store_desc, out_bufs = store
+    num_tokens, vocab_size = sizes
+    hidden_bufs, weight_bufs, ready, free = buffers
+    num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
+    ROWS: gl.constexpr = hidden_bufs.type.shape[1]
+    BLOCK_V: gl.constexpr = weight_bufs.type.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
+        acc = gl.zeros((ROWS, BLOCK_V), dtype=gl.float32, layout=layout)
+        last = 0
+        for step in range(num_steps + num_low_steps):
+            mbarrier.wait(ready.index(slot), phase)
+            hidden, weight = hidden_bufs.index(2 * slot + WHO), weight_bufs.index(slot)
+            running = warpgroup_mma(
+                hidden, weight.permute((1, 0)), acc, use_acc=step > 0, is_async=True
+            )
+            # One product stays in flight; the one before it has read its operands.
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(running,))
+            mbarrier.arrive(free.index(last), count=1, pred=step > 0)
+            last = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(free.index(last), count=1)
+        halves = acc.reshape([ROWS, 2, BLOCK_V // 2]).permute((0, 2, 1)).split()
+        for half in gl.static_range(2):
+            first_t, first_v = pid_t * 2 * ROWS + WHO * ROWS, pid_v * BLOCK_V + half * BLOCK_V // 2
+            # The last tile may have no column of the vocabulary in its second half.
+            if first_v < vocab_size:
+                out_buf = out_bufs.index(2 * WHO + half)
+                rows = (first_t, first_v, num_tokens, vocab_size)
+                _finish_half(halves[half], store_desc, out_buf, *rows, epilogue)
+    if store_desc is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "vocab_size", "vocab_start"])
+def _head_pingpong_kernel(
+    hidden_desc,
+    weight_desc,
+    low_desc,
+    low_weight_desc,
+    store_desc,
+    labels_ptr,
+    bias_ptr,
+    class_weight_ptr,
+    shift_ptr,
+    total_ptr,
+    entropy_sum_ptr,
+    smooth_sum_ptr,
+    best_ptr,
+    target_shifted_ptr,
+    alpha_ptr,
+    target_ptr,
+    gamma_ptr,
+    eta_ptr,
+    entropy_ptr,
+    skip_ptr,
+    logit_scale,
+    softcap,
+    num_tokens,
+    vocab_size,
+    vocab_start,
+    hidden_size,
+    rank,
+    STAGES: gl.constexpr,
+    GROUP_T: gl.constexpr,
+):
+    """Persistent: program i owns tiles i, i + programs, ... of 128 x 256 logits.
+
+    As `head._head_descriptor_kernel`, with row sums of every 128 columns.
+    """
+    ROWS: gl.constexpr = hidden_desc.block_shape[0]
+    BLOCK_V: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_H: gl.constexpr = weight_desc.block_shape[1]
+    num_tiles_t = gl.cdiv(num_tokens, 2 * ROWS)
+    num_tiles_v = gl.cdiv(vocab_size, BLOCK_V)
+    num_tiles = num_tiles_t * num_tiles_v
+    if skip_ptr is not None:
+        num_tiles = gl.where(gl.load(skip_ptr) != 0, 0, num_tiles)
+    num_steps = gl.cdiv(hidden_size, BLOCK_H)
+    num_low_steps = gl.cdiv(rank, BLOCK_H)
+    grid = (num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps)
+
+    dtype: gl.constexpr = hidden_desc.dtype
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_V // 2], dtype)
+    hidden_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, BLOCK_H], hidden_desc.layout)
+    weight_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_V, BLOCK_H], weight_desc.layout)
+    out_bufs = gl.allocate_shared_memory(
+        dtype, [4, ROWS, BLOCK_V // 2] if store_desc is not None else [4, 8, 64], out_layout
+    )
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    fence_async_shared()
+
+    operands = (hidden_desc, weight_desc, low_desc, low_weight_desc)
+    buffers = (hidden_bufs, weight_bufs, ready, free)
+    epilogue = (
+        vocab_start,
+        labels_ptr,
+        bias_ptr,
+        class_weight_ptr,
+        logit_scale,
+        softcap,
+        shift_ptr,
+        total_ptr,
+        entropy_sum_ptr,
+        smooth_sum_ptr,
+        best_ptr,
+        target_shifted_ptr,
+        alpha_ptr,
+        target_ptr,
+        gamma_ptr,
+        eta_ptr,
+        entropy_ptr,
+    )
+    store = (store_desc, out_bufs)
+    sizes = (num_tokens, vocab_size)
+    gl.warp_specialize(
+        [
+            (_multiply, (store, buffers, grid, sizes, epilogue, 0, STAGES, GROUP_T)),
+            (_multiply, (store, buffers, grid, sizes, epilogue, 1, STAGES, GROUP_T)),
+            (_load_operands, (operands, buffers, grid, STAGES, GROUP_T)),
+        ],
+        [4, 1],
+        [_MULTIPLYING, _LOADING],
+    )
+
+
+def launch_pingpong(
+    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    pointers: tuple[Any, ...],
+    config: TileConfig,
+) -> None:
+    """Launches the kernel; see `head._launch`, which knows when it may.
+
+    Args:
+        matrices: Hidden states, weight, the low-rank pair and the store, as descriptors can
+            address them; the last three may be None.
+        pointers: What the kernel takes after them.
+        config: Two tiles of it, side by side, are one of the kernel's.
+    """
+    rows, columns, depth = config.block_t // 2, 2 * config.block_v, config.block_h
+    blocks = ([rows, depth], [columns, depth], [rows, depth], [columns, depth])
+    hidden, weight, low, low_weight, store = matrices
+    # Without a low-rank pair the kernel takes no steps over it, but has to have descriptors.
+    pairs = (hidden, weight, hidden, weight) if low is None else (hidden, weight, low, low_weight)
+    descriptors = [_descriptor(*pair) for pair in zip(pairs, blocks, strict=True)]
+    descriptors.append(None if store is None else _descriptor(store, [rows, columns // 2]))
+    num_tiles = cdiv(hidden.shape[0], config.block_t) * cdiv(weight.shape[0], columns)
+    _head_pingpong_kernel[(min(config.num_programs, num_tiles),)](
+        *descriptors,
+        *pointers,
+        STAGES=config.num_stages,
+        GROUP_T=config.group_t,
+        num_warps=4,
+    )
+
+
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, block, _layout(*block, str(matrix.dtype)[6:]))
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: str) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, dtype))
