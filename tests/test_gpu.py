@@ -94,10 +94,13 @@ def test_every_option_under_every_schedule(name, sizes, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pointer_kernel_of_other_cards(dtype, monkeypatch):
-    """The tile that cards without tensor descriptors get, within 99 KiB of shared memory."""
+@pytest.mark.parametrize("tile", ["PORTABLE", "HOPPER"])
+def test_kernels_of_other_cards_and_older_tritons(tile, dtype, monkeypatch):
+    """Without tensor descriptors, within 99 KiB of shared memory; and Hopper's without Gluon."""
     tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
-    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: tuning.PORTABLE)
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    config = getattr(tuning, tile)._replace(num_programs=programs if tile == "HOPPER" else 0)
+    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: config)
     operands, labels = operands_of(CASES["everything"], *SIZES["aligned"], dtype, "cuda")
     for schedule in SCHEDULES.values():
         monkeypatch.setattr(fused, "plan", schedule)

@@ -1,0 +1,43 @@
+"""The ping-pong kernel where there is no Hopper card: the compiler takes it, and it fits one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
+
+# 227 KiB of shared memory for one program, of which CUDA keeps nothing.
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+@pytest.mark.skipif(not tuning.knows_gluon(), reason="this Triton's Gluon is not used")
+def test_it_compiles_for_a_hopper_card(tmp_path: Path) -> None:
+    """With whatever Triton is installed: Gluon promises no stability."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py"))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {name: (int(a), int(b)) for name, a, b in map(str.split, done.stdout.splitlines())}
+    assert list(found) == ["stored", "statistics", "everything", "gradient"]
+    assert max(shared for shared, _ in found.values()) <= HOPPER_SHARED_BYTES
+    # What training runs keeps its tile in registers; rare options may spill some of it.
+    assert found["stored"][1] == found["statistics"][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("3.5.1", False), ("3.6.0", True), ("3.9.0", True), ("3.10.0", False)]
+)
+def test_only_known_versions_of_gluon_are_used(
+    version: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning.triton, "__version__", version)
+    assert tuning.knows_gluon() == known
