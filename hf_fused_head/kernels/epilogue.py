@@ -38,20 +38,27 @@ def _store_sums(shifted, exponents, place, mask_t, total_ptr, entropy_ptr, best_
 
 
 @triton.jit
+def load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start):
+    """Labels as columns of a window of the vocabulary, int32, and what rows are counted from."""
+    mask_t = offs_t < num_tokens
+    labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - vocab_start
+    return labels.to(tl.int32), tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
+
+
+@triton.jit
 def epilogue(
     acc,
     offs_t,
     offs_v,
     first_v,
+    labels,
+    shift,
     num_tokens,
     vocab_size,
-    vocab_start,
-    labels_ptr,
     bias_ptr,
     class_weight_ptr,
     logit_scale,
     softcap,
-    shift_ptr,
     total_ptr,
     entropy_sum_ptr,
     smooth_sum_ptr,
@@ -65,12 +72,11 @@ def epilogue(
 ):
     """Turns accumulated products into the tile to be stored, float32, and writes the row sums.
 
-    Without `alpha_ptr` the tile holds exp(z - anchor), zero at the label and times the softcap's
-    slope; with it, the gradient of the accumulated products.
+    `labels` and `shift` are what `load_rows` returns; `first_v` is the first of `offs_v`. Without
+    `alpha_ptr` the tile holds exp(z - anchor), zero at the label and times the softcap's slope;
+    with it, the gradient of the accumulated products.
     """
     mask_t = offs_t < num_tokens
-    shift = tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
-    labels = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - vocab_start).to(tl.int32)
     # Few tiles hold a label of one of their rows, and only the last ones columns beyond V: the
     # others are spared two comparisons and a choice an element.
     end_v = first_v + offs_v.shape[0]

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_head.kernels.epilogue import epilogue
+from hf_fused_head.kernels.epilogue import epilogue, load_rows
 from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
 from hf_fused_head.kernels.product import accumulate_product, tile_position
 from hf_fused_head.kernels.tuning import TileConfig, cdiv, interpreted, low_rank_block
@@ -102,20 +102,20 @@ def _head_descriptor_kernel(
                 PRECISION,
                 UPCAST,
             )
+        labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
         tile = epilogue(
             acc,
             offs_t,
             offs_v,
             pid_v * BLOCK_V,
+            labels,
+            shift,
             num_tokens,
             vocab_size,
-            vocab_start,
-            labels_ptr,
             bias_ptr,
             class_weight_ptr,
             logit_scale,
             softcap,
-            shift_ptr,
             total_ptr,
             entropy_sum_ptr,
             smooth_sum_ptr,
@@ -225,20 +225,20 @@ def _head_pointer_kernel(
             PRECISION,
             UPCAST,
         )
+    labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
     tile = epilogue(
         acc,
         offs_t,
         offs_v,
         pid_v * BLOCK_V,
+        labels,
+        shift,
         num_tokens,
         vocab_size,
-        vocab_start,
-        labels_ptr,
         bias_ptr,
         class_weight_ptr,
         logit_scale,
         softcap,
-        shift_ptr,
         total_ptr,
         entropy_sum_ptr,
         smooth_sum_ptr,

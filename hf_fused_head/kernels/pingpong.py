@@ -52,6 +52,7 @@ def _in_gluon(function: Any, **names: Any) -> Any:
 _tile_position = _in_gluon(product.tile_position)
 _softcap_slope = _in_gluon(product.softcap_slope)
 _logits_of = _in_gluon(product.logits_of, tanh=_in_gluon(product.tanh))
+_load_rows = _in_gluon(tile_epilogue.load_rows)
 _epilogue = _in_gluon(
     tile_epilogue.epilogue,
     logits_of=_logits_of,
@@ -97,12 +98,16 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
 
 
 @gluon.jit
-def _finish_half(acc, store_desc, out_buf, first_t, first_v, num_tokens, vocab_size, epilogue):
+def _finish_half(acc, store_desc, out_buf, first_t, first_v, labels, shift, sizes, epilogue):
     """Row sums and, with a store, the stored tile of half of a product's columns."""
-    layout: gl.constexpr = acc.type.layout
-    offs_t = first_t + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-    offs_v = first_v + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    tile = _epilogue(acc, offs_t, offs_v, first_v, num_tokens, vocab_size, *epilogue)
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    columns: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+    offs_t = first_t + gl.arange(0, acc.shape[0], layout=rows)
+    offs_v = first_v + gl.arange(0, acc.shape[1], layout=columns)
+    # A row's place in the warps is the same in the halves as in the whole.
+    labels = gl.convert_layout(labels, rows, assert_trivial=True)
+    shift = gl.convert_layout(shift, rows, assert_trivial=True)
+    tile = _epilogue(acc, offs_t, offs_v, first_v, labels, shift, *sizes, *epilogue)
     if store_desc is not None:
         # What this half wrote one tile ago has left the buffer; the other half may be under way.
         tma.store_wait(1)
@@ -117,6 +122,7 @@ def _multiply(
     buffers,
     grid,
     sizes,
+    rows,
     epilogue,
     WHO: gl.constexpr,
     STAGES: gl.constexpr,
@@ -125,6 +131,7 @@ def _multiply(
     """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
     store_desc, out_bufs = store
     num_tokens, vocab_size = sizes
+    labels_ptr, shift_ptr, vocab_start = rows
     hidden_bufs, weight_bufs, ready, free = buffers
     num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
     ROWS: gl.constexpr = hidden_bufs.type.shape[1]
@@ -134,6 +141,10 @@ def _multiply(
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
+        first_t = pid_t * 2 * ROWS + WHO * ROWS
+        offs_t = first_t + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        # Loaded before they are needed: they arrive behind the product.
+        labels, shift = _load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
         acc = gl.zeros((ROWS, BLOCK_V), dtype=gl.float32, layout=layout)
         last = 0
         for step in range(num_steps + num_low_steps):
@@ -154,12 +165,12 @@ def _multiply(
         mbarrier.arrive(free.index(last), count=1)
         halves = acc.reshape([ROWS, 2, BLOCK_V // 2]).permute((0, 2, 1)).split()
         for half in gl.static_range(2):
-            first_t, first_v = pid_t * 2 * ROWS + WHO * ROWS, pid_v * BLOCK_V + half * BLOCK_V // 2
+            first_v = pid_v * BLOCK_V + half * BLOCK_V // 2
             # The last tile may have no column of the vocabulary in its second half.
             if first_v < vocab_size:
-                out_buf = out_bufs.index(2 * WHO + half)
-                rows = (first_t, first_v, num_tokens, vocab_size)
-                _finish_half(halves[half], store_desc, out_buf, *rows, epilogue)
+                out = (store_desc, out_bufs.index(2 * WHO + half))
+                place = (first_t, first_v)
+                _finish_half(halves[half], *out, *place, labels, shift, sizes, epilogue)
     if store_desc is not None:
         tma.store_wait(0)
 
@@ -228,14 +239,12 @@ def _head_pingpong_kernel(
 
     operands = (hidden_desc, weight_desc, low_desc, low_weight_desc)
     buffers = (hidden_bufs, weight_bufs, ready, free)
+    rows = (labels_ptr, shift_ptr, vocab_start)
     epilogue = (
-        vocab_start,
-        labels_ptr,
         bias_ptr,
         class_weight_ptr,
         logit_scale,
         softcap,
-        shift_ptr,
         total_ptr,
         entropy_sum_ptr,
         smooth_sum_ptr,
@@ -251,8 +260,8 @@ def _head_pingpong_kernel(
     sizes = (num_tokens, vocab_size)
     gl.warp_specialize(
         [
-            (_multiply, (store, buffers, grid, sizes, epilogue, 0, STAGES, GROUP_T)),
-            (_multiply, (store, buffers, grid, sizes, epilogue, 1, STAGES, GROUP_T)),
+            (_multiply, (store, buffers, grid, sizes, rows, epilogue, 0, STAGES, GROUP_T)),
+            (_multiply, (store, buffers, grid, sizes, rows, epilogue, 1, STAGES, GROUP_T)),
             (_load_operands, (operands, buffers, grid, STAGES, GROUP_T)),
         ],
         [4, 1],
