@@ -14,6 +14,7 @@ logits: never the logits themselves.
     product.py     how a tile of logits is accumulated: raster, products, bias, scale, softcap
     epilogue.py    what happens to it in registers: row sums, exponents, gradient
     head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
+    pingpong.py    the persistent kernel of Hopper cards, in Gluon, around the same epilogue
     rows.py        which labels count, the logit of the label, scaling by row
     statistics.py  sums of tiles to statistics of rows
     overflow.py    rows whose exponents overflowed, made again around their maximum
