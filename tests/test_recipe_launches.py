@@ -15,8 +15,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
+from places import environment
 from transformers import AutoModelForCausalLM, LlamaConfig
-from two_processes import CPU_ONLY
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -81,9 +81,9 @@ def test_launched(name: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         env={
             **os.environ,
-            **CPU_ONLY,
+            **environment("cpu"),
+            "PYTHONWARNINGS": "ignore",
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),
         },
         capture_output=True,

@@ -7,19 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from places import environment
+
 TESTS = Path(__file__).parent
-CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
 
 
 def run_in_two(
-    *command: str, timeout_s: int = 300, devices: dict[str, str] = CPU_ONLY
+    *command: str, timeout_s: int = 300, place: str = "cpu"
 ) -> subprocess.CompletedProcess[str]:
     """Starts a program once a process, and waits.
 
     Args:
         *command: A file or `-m` and a module, with arguments.
         timeout_s: When to give up.
-        devices: What the environment says of them.
+        place: Where they compute; see places.py.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
@@ -27,17 +28,25 @@ def run_in_two(
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **devices},
+        env={
+            **os.environ,
+            **environment(place),
+            "PYTHONPATH": str(TESTS),
+            "PYTHONWARNINGS": "ignore",
+        },
     )
 
 
-def assert_worker_passes(worker: str, *arguments: str, timeout_s: int = 300) -> None:
+def assert_worker_passes(
+    worker: str, *arguments: str, timeout_s: int = 300, place: str = "cpu"
+) -> None:
     """Fails with the first traceback of the processes, if one of them fails or hangs.
 
     Args:
         worker: Name of the file in this folder.
         *arguments: Of its command line.
         timeout_s: When to give up.
+        place: Where they compute; see places.py.
     """
-    done = run_in_two(str(TESTS / worker), *arguments, timeout_s=timeout_s)
+    done = run_in_two(str(TESTS / worker), *arguments, timeout_s=timeout_s, place=place)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:6000]}"
