@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from head_cases import fixed_schedule
 from oracle import assert_close_as_torch
+from places import generator
 from plain_head import (
     NAMES,
     Loss,
@@ -166,7 +167,7 @@ def check(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.tensor(0.75)
     if problem.options.get("reduction") == "none":
-        upstream = torch.randn(problem.shape, generator=torch.Generator().manual_seed(3))
+        upstream = torch.randn(problem.shape, generator=generator(3))
     ours = results(by_shard(problem, sizes, impl, **extra), tensors, upstream.to(wide))
     plain = results(by_parts(problem, sizes), tensors, upstream.to(wide))
     truth = results(by_plain(problem), widened(tensors), upstream.double())
@@ -192,7 +193,7 @@ def each_problem(impl: str, name: str) -> None:
 def as_one_process(problem: Problem, sizes: list[int], impl: str) -> None:
     """Loss and every gradient are the engine's own in one process."""
     tensors = exact(problem.tensors(torch.float32))
-    upstream = torch.randn(problem.shape, generator=torch.Generator().manual_seed(3))
+    upstream = torch.randn(problem.shape, generator=generator(3))
     ours = results(by_shard(problem, sizes, impl), tensors, upstream)
     for name, alone in results(by_ours(problem, impl), tensors, upstream).items():
         torch.testing.assert_close(whole(name, ours[name]), alone, msg=name)
@@ -363,7 +364,7 @@ def autocast(impl: str) -> None:
     """Under autocast the operands are rounded as `F.linear` would round them."""
     tensors = Problem().tensors(torch.float32)
     rounded = {n: t.bfloat16().float() if n in NAMES else t for n, t in tensors.items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tensors["hidden"].device.type, torch.bfloat16):
         loss = by_shard(Problem(), halves_of(37), impl)(tensors)
     torch.testing.assert_close(loss, by_plain(Problem())(rounded))
 
