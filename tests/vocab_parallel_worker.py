@@ -38,10 +38,12 @@ from hf_fused_head import LinearCrossEntropyLoss, linear_cross_entropy_with_stat
 from hf_fused_head import linear_cross_entropy as fused_loss
 
 IMPLS = ("reference", "torch", *(["triton"] if find_spec("triton") else []))
+# Rows and columns that kernels cut in: tiles of a GPU are larger than those of the interpreter.
+UNIT = 256 if torch.cuda.is_available() else 32
 SCHEDULES = {
-    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=32),
-    "windows": fixed_schedule("recompute", vocab_window=32),
-    "hybrid": fixed_schedule("hybrid", vocab_window=32, kept_share=0.5),
+    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=UNIT),
+    "windows": fixed_schedule("recompute", vocab_window=UNIT),
+    "hybrid": fixed_schedule("hybrid", vocab_window=UNIT, kept_share=0.5),
 }
 EVERYTHING = {
     "label_smoothing": 0.1,
@@ -204,15 +206,16 @@ def each_schedule(name: str) -> None:
     from hf_fused_head import fused
     from hf_fused_head.kernels import passes
 
-    problem = Problem(shape=(40,), vocab_size=150, class_weight=True).with_options(
+    rows, columns = UNIT + 8, 5 * UNIT - 10
+    problem = Problem(shape=(rows,), vocab_size=columns, class_weight=True).with_options(
         label_smoothing=0.1, z_loss=0.01, logit_scale=1.3
     )
     with (
         mock.patch.object(fused, "plan", SCHEDULES[name]),
-        mock.patch.object(passes, "MULTIPLE", 32),
+        mock.patch.object(passes, "MULTIPLE", UNIT),
     ):
-        others = [30] * (dist.get_world_size() - 1)
-        check(problem, [150 - sum(others), *others], "triton")
+        others = [UNIT - 2] * (dist.get_world_size() - 1)
+        check(problem, [columns - sum(others), *others], "triton")
 
 
 def each_cut(impl: str, name: str) -> None:
