@@ -276,7 +276,10 @@ def bench(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Measure contenders side by side: time, peak memory, error, distance from bare products."""
+    """Measure contenders side by side: time, peak memory, error, distance from bare products.
+
+    On several ranks: torchrun --nproc-per-node=2 -m hf_fused_head.benchmark.parallel --help
+    """
     _refuse_overwriting(json_file, plot, force=force)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"`--plot` must end in .png, .svg or .pdf, got {plot}: choose such a name")
@@ -380,15 +383,12 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _refuse_overwriting(*files: Path | None, force: bool) -> None:
-    for file in files:
-        if file is None:
-            continue
-        if not file.parent.is_dir():
-            raise UserError(f"the folder of {file} does not exist: create it first")
-        if file.is_dir():
-            raise UserError(f"{file} is a folder: name a file")
-        if file.exists() and not force:
-            raise UserError(f"{file} exists: choose another name or pass --force")
+    from hf_fused_head.benchmark.files import refuse_overwriting
+
+    try:
+        refuse_overwriting(*files, force=force)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _write_json(file: Path | None, content: dict) -> None:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from hf_fused_head.benchmark import accuracy, contenders, measure
 from hf_fused_head.benchmark.accuracy import Errors, Result
-from hf_fused_head.benchmark.report import number, plain_table
+from hf_fused_head.benchmark.columns import number
+from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import Batch, Workload, make_batch
 from hf_fused_head.options import Impl, resolve_impl
 

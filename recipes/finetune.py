@@ -297,7 +297,10 @@ def save(
     launch: Launch,
 ) -> None:
     """Writes the model or adapter, the tokenizer and the log; all processes must come here."""
-    if launch.engine or launch.size("tp") > 1:
+    if launch.size("tp") > 1:
+        # The parts are put together by all processes, of which the Trainer of 5.17 asks one alone.
+        model.save_pretrained(options.output_dir, is_main_process=launch.is_main)
+    elif launch.engine:
         # Only the Trainer knows how the engine puts its parts together.
         trainer.save_model(str(options.output_dir))
     elif launch.is_main:

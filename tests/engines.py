@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from places import settle
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,7 +41,7 @@ class Engine:
     @staticmethod
     def start() -> None:
         """Joins the processes."""
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(settle(int(os.environ["LOCAL_RANK"])))
 
     def run(self, **inputs: Any) -> Any:
         """A forward."""
@@ -91,7 +94,7 @@ class Fsdp1(Engine):
             model,
             auto_wrap_policy=CustomPolicy(lambda module: any(module is unit for unit in units)),
             use_orig_params=True,
-            device_id=torch.device("cpu"),
+            device_id=torch.get_default_device(),
         )
 
     def accumulating(self) -> AbstractContextManager[Any]:
@@ -156,10 +159,12 @@ class DeepSpeed(Engine):
 
     @staticmethod
     def start() -> None:
-        import deepspeed.comm.torch
+        import deepspeed
 
-        # A shared memory operator, compiled for minutes at its first use; gloo does without.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # A shared memory operator, compiled for minutes at its first use; gloo does without. The
+        # attribute `deepspeed.comm.torch` is torch itself.
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
     def __init__(self, model: nn.Module, head: str, half: bool) -> None:

@@ -76,6 +76,16 @@ CASES = [
     Case("deepspeed", "zero3", "lora", "adapters"),
     Case("deepspeed", "zero3", "saved", "last"),
 ]
+# Of these every loss of a longer training is compared.
+LONG = [
+    Case("ddp", "whole"),
+    Case("fsdp1", "root"),
+    Case("fsdp2", "root", tied=True),
+    Case("fsdp2", "own", order="last", half=True),
+    Case("deepspeed", "zero2"),
+    Case("deepspeed", "zero3"),
+]
+STEPS = 20
 
 
 class Collectives(TorchDispatchMode):
@@ -203,6 +213,31 @@ def trains_like_one_process(case: Case) -> None:
     engine.backward(output.loss)
 
 
+def losses_stay_those_of_one_process(case: Case) -> None:
+    """Over many steps nothing drifts apart; in bfloat16 no further than the stock model does."""
+    stock = tiny(case)
+    truth = in_float64(stock)
+    everyone = [micro_batches(stock, rank) for rank in range(dist.get_world_size())]
+    count = sum(map(count_of, everyone))
+    engines = [sharded(case), sharded(case, patch=False)]
+    losses: list[list[Tensor]] = [[], [], [], []]
+    for _ in range(STEPS):
+        for kept, engine in zip(losses, engines, strict=False):
+            loss, _ = passes(engine, everyone[dist.get_rank()], count)
+            dist.all_reduce(loss)
+            kept.append(loss)
+            engine.step()
+        for kept, model in zip(losses[2:], (stock, truth), strict=True):
+            parts = [part for parts in everyone for part in parts]
+            kept.append(sum(one_process(model, part, count) for part in parts))
+            descend(model)
+    ours, plain, alone, true = map(torch.stack, losses)
+    assert true[-1] < true[0] - 1, f"less than a nat was learned: {true}"
+    arithmetic = torch.bfloat16 if case.half else torch.float32
+    reference = plain if case.half else alone
+    assert_close_as_torch(f"losses of {STEPS} steps", ours, reference, true, arithmetic)
+
+
 def one_process(model: Any, part: dict[str, Any], count: int) -> Tensor:
     """The loss without any engine, its gradients left behind."""
     loss = model(**part, num_items_in_batch=count).loss
@@ -230,6 +265,8 @@ def main(*engines: str) -> None:
             if dist.get_rank() == 0:
                 print(case, flush=True)
             trains_like_one_process(case)
+            if case in LONG:
+                losses_stay_those_of_one_process(case)
     dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from oracle import assert_close_as_torch
+from places import generator
 from torch import Tensor
 
 from hf_fused_head import linear_cross_entropy
@@ -108,14 +109,14 @@ class Problem:
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """hidden, weight, bias, target, class_weight; every number is exact in `dtype`."""
-        generator = torch.Generator().manual_seed(hash(self.shape) % 2**31 + self.vocab_size)
+        source = generator(hash(self.shape) % 2**31 + self.vocab_size)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=source)
 
         hidden = normal(*self.shape, self.hidden_size)
         weight = normal(self.vocab_size, self.hidden_size) * self.hidden_size**-0.5
-        target = torch.randint(0, self.vocab_size, self.shape, generator=generator)
+        target = torch.randint(0, self.vocab_size, self.shape, generator=source)
         bias = normal(self.vocab_size) + self.shift
         if self.confident:
             hidden = hidden + 30 * F.normalize(weight[target], dim=-1)
@@ -123,11 +124,11 @@ class Problem:
         if flat.numel() > 1:
             flat[-1] = self.vocab_size - 1
         if self.ignored:
-            places = torch.randperm(flat.numel(), generator=generator)[: self.ignored]
+            places = torch.randperm(flat.numel(), generator=source)[: self.ignored]
             flat[places] = self.options.get("ignore_index", -100)
         made = {"hidden": hidden, "weight": weight, "bias": bias}
         made = {name: value.to(dtype) for name, value in made.items()}
-        class_weight = torch.rand(self.vocab_size, generator=generator) + 0.5
+        class_weight = torch.rand(self.vocab_size, generator=source) + 0.5
         made["target"] = target
         made["class_weight"] = class_weight.to(dtype)
         if not self.bias:

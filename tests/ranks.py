@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from places import environment, settle
 
 Failures = list[dict[str, str]]
 
 
-def run_ranks(worker: Path, ranks: int, folder: Path, *cases: str) -> Failures:
-    """Runs `worker` once a rank; what failed on each rank, by the name of the case."""
+def run_ranks(worker: Path, ranks: int, folder: Path, *cases: str, place: str = "cpu") -> Failures:
+    """Runs `worker` once a rank at a place; what failed on each rank, by the name of the case."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker), str(rank), str(ranks), str(folder), *cases],
-            env={**os.environ, **_environment(rank, ranks)},
+            env={**os.environ, **environment(place), **_environment(rank, ranks)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -43,8 +44,7 @@ def run_ranks(worker: Path, ranks: int, folder: Path, *cases: str) -> Failures:
 def _environment(rank: int, ranks: int) -> dict[str, str]:
     """What a launcher tells a process; transformers reads the sizes of its plans from it."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-    run = {"OMP_NUM_THREADS": 1, "TRITON_INTERPRET": 1}
-    return {name: str(value) for name, value in {**places, **run}.items()}
+    return {name: str(value) for name, value in places.items()}
 
 
 def assert_passed(failures: Failures) -> None:
@@ -62,7 +62,7 @@ def run_cases(
     cases: dict[str, Callable[[], None]], rank: int, ranks: int, folder: Path, chosen: list[str]
 ) -> None:
     """In the worker: runs the cases and leaves what failed, by name, in a file of this rank."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
+    dist.init_process_group(settle(rank), f"file://{folder}/meet", rank=rank, world_size=ranks)
     failed = {}
     for name in chosen or cases:
         torch.manual_seed(0)

@@ -34,7 +34,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 def mesh() -> DeviceMesh:
     """All ranks in a row."""
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    return init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
 
 
 def gathered(**options: Any) -> ColwiseParallel:
@@ -191,7 +191,7 @@ def plans_that_leave_the_logits_cut_are_refused() -> None:
 @case
 def heads_cut_in_another_way_are_refused() -> None:
     ranks = dist.get_world_size()
-    square = init_device_mesh("cpu", (1, ranks))
+    square = init_device_mesh(mesh().device_type, (1, ranks))
     for places, where in (
         ([Shard(1)], mesh()),
         ([Replicate()], mesh()),

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from places import ON_TWO_DEVICES
 from tiny_models import batch, build
 from two_processes import assert_worker_passes
 
@@ -16,14 +17,16 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "engines",
-    [("ddp", "fsdp1", "fsdp2"), pytest.param(("deepspeed",), marks=needs_deepspeed)],
-    ids=" ".join,
-)
-def test_engines_train_evaluate_resume_and_unpatch(engines: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("place", ON_TWO_DEVICES)
+def test_engines_train_evaluate_resume_and_unpatch(place: str) -> None:
     """Every way to shard, to train and to patch: see `CASES` of the worker."""
-    assert_worker_passes("engines_worker.py", *engines)
+    assert_worker_passes("engines_worker.py", "ddp", "fsdp1", "fsdp2", place=place)
+
+
+@needs_deepspeed
+def test_deepspeed_trains_evaluates_resumes_and_unpatches() -> None:
+    """The same of ZeRO-2 and ZeRO-3."""
+    assert_worker_passes("engines_worker.py", "deepspeed")
 
 
 class PreBackward(torch.autograd.Function):

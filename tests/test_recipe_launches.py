@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
+from places import environment
+from test_engines import needs_deepspeed
 from transformers import AutoModelForCausalLM, LlamaConfig
-from two_processes import CPU_ONLY
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -54,11 +55,22 @@ def test_the_readme_launches_every_config() -> None:
     assert sorted(set(named)) == [config.name for config in CONFIGS]
 
 
-ON_CPU = {
-    "ddp": RECIPES / "finetune.py",
-    "single": RECIPES / "finetune.py",
-    "fsdp2": Path(__file__).with_name("recipe_on_cpu.py"),
-    "cp": Path(__file__).with_name("recipe_on_cpu.py"),
+@pytest.fixture
+def folder(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model "tiny" and its tokenizer, saved."""
+    saved = tmp_path_factory.mktemp("model")
+    texts = list(recipe.load_texts("python-docs", "text"))
+    for part in recipe.load_model("tiny", texts, 32)[::-1]:
+        part.save_pretrained(saved)
+    return saved
+
+
+ON_CPU = Path(__file__).with_name("recipe_on_cpu.py")
+SCRIPTS = {"ddp": RECIPES / "finetune.py", "single": RECIPES / "finetune.py"}
+WITH_OPTIONS = {
+    "fsdp2": ["--full"],
+    "zero3": ["--full"],
+    "tp": ["--full", "--lr", "1e-3", "--model"],
 }
 
 
@@ -66,24 +78,26 @@ ON_CPU = {
     "name",
     [
         "ddp",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "fsdp2", "cp")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "fsdp2", "cp", "tp")),
+        pytest.param("zero3", marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
-def test_launched(name: str, tmp_path: Path) -> None:
+def test_launched(name: str, tmp_path: Path, folder: Path) -> None:
     """On the CPU: the loss falls, one process prints and writes, the result loads again."""
     launch = ["-m", "accelerate.commands.launch", "--config_file"]
-    full = ["--full"] if name == "fsdp2" else []
+    options = WITH_OPTIONS.get(name, []) + ([str(folder)] if name == "tp" else [])
     done = subprocess.run(
         [
             *(sys.executable, *launch, str(RECIPES / "accelerate" / f"{name}.yaml")),
-            *(str(ON_CPU[name]), *SMALL, *full, "--output-dir", str(tmp_path / "run")),
+            *(str(SCRIPTS.get(name, ON_CPU)), *SMALL, *options),
+            *("--output-dir", str(tmp_path / "run")),
         ],
         cwd=tmp_path,
         env={
             **os.environ,
-            **CPU_ONLY,
+            **environment("cpu"),
+            "PYTHONWARNINGS": "ignore",
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),
         },
         capture_output=True,
@@ -98,8 +112,12 @@ def test_launched(name: str, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    kind = AutoModelForCausalLM if full else AutoPeftModelForCausalLM
-    assert kind.from_pretrained(tmp_path / "run").num_parameters() > 0
+    if not options:
+        assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 0
+        return
+    saved, before = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "run", folder))
+    shapes = {key: value.shape for key, value in before.state_dict().items()}
+    assert {key: value.shape for key, value in saved.state_dict().items()} == shapes
 
 
 SIZES = "PARALLELISM_CONFIG_{}_SIZE"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from ranks import assert_passed, run_ranks
 
 from hf_fused_head.benchmark.estimate import HeadShape
 from hf_fused_head.benchmark.scaling import Layout, per_rank
@@ -28,7 +31,8 @@ def test_a_ring_of_every_kind_by_hand() -> None:
     sharded = per_rank(SHAPE, 64, Layout(sharded=2), frozen_head=False)
     assert sharded.held_weight_bytes == HEAD_BYTES // 2
     assert sharded.gathered_weight_bytes == HEAD_BYTES
-    assert sharded.sent_weight_bytes == 2 * HEAD_BYTES // 2  # Half of it gathered, half scattered.
+    # Half of it gathered twice, half of its gradient scattered.
+    assert sharded.sent_weight_bytes == 3 * HEAD_BYTES // 2
     sequence = per_rank(SHAPE, 64, Layout(sequence=2), frozen_head=False)
     assert (sequence.tokens, sequence.rows) == (32, 96)
     assert sequence.sent_gradient_bytes == HEAD_BYTES and sequence.sent_weight_bytes == 0
@@ -50,7 +54,8 @@ def test_a_frozen_head_sends_its_weights_only() -> None:
     layout = Layout(sharded=4)
     frozen = per_rank(SHAPE, 64, layout, frozen_head=True)
     assert frozen.held_gradient_bytes == 0
-    assert 2 * frozen.sent_weight_bytes == per_rank(SHAPE, 64, layout, False).sent_weight_bytes
+    trained = per_rank(SHAPE, 64, layout, False)
+    assert 3 * frozen.sent_weight_bytes == 2 * trained.sent_weight_bytes
 
 
 def test_more_ranks_than_rows_or_tokens_are_refused() -> None:
@@ -60,3 +65,8 @@ def test_more_ranks_than_rows_or_tokens_are_refused() -> None:
         per_rank(SHAPE, 64, Layout(sequence=65), frozen_head=False)
     with pytest.raises(ValueError, match="`sharded` must be at least 1"):
         Layout(sharded=0)
+
+
+def test_what_ranks_send_is_what_the_formulae_say(tmp_path: Path) -> None:
+    """Three processes count the bytes that they give to collectives: see the worker."""
+    assert_passed(run_ranks(Path(__file__).with_name("scaling_worker.py"), 3, tmp_path))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from places import EVERYWHERE
 from ranks import assert_passed, run_ranks
 
 WORKER = Path(__file__).with_name("vocab_parallel_worker.py")
 
 
 # One test of all cases: workers of pytest would each start the processes for their share of them.
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    assert_passed(run_ranks(WORKER, 2, tmp_path))
+@pytest.mark.parametrize("place", EVERYWHERE)
+def test_two_processes_are_one(place: str, tmp_path: Path) -> None:
+    assert_passed(run_ranks(WORKER, 2, tmp_path, place=place))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from places import generator
 from torch import nn
 
 VOCAB_SIZE = 101  # prime: no multiple of any tile
@@ -128,9 +129,8 @@ def build(family: str, seed: int = 0, **settings: Any) -> Any:
 
 def batch(model: nn.Module, rows: int = 2, length: int = 11, seed: int = 0) -> dict[str, Any]:
     """Token ids and labels, [rows, length]; a part of the labels is -100, another in every row."""
-    generator = torch.Generator().manual_seed(seed)
     vocab_size = model.config.get_text_config().vocab_size
-    input_ids = torch.randint(3, vocab_size, (rows, length), generator=generator)
+    input_ids = torch.randint(3, vocab_size, (rows, length), generator=generator(seed))
     labels = input_ids.clone()
     for row in range(rows):
         labels[row, : row + 1] = -100

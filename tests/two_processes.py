@@ -7,24 +7,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+from places import environment
+
 TESTS = Path(__file__).parent
-CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
 
 
-def assert_worker_passes(worker: str, *arguments: str, timeout_s: int = 300) -> None:
+def run_in_two(
+    *command: str, timeout_s: int = 300, place: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
+    """Starts a program once a process, and waits.
+
+    Args:
+        *command: A file or `-m` and a module, with arguments.
+        timeout_s: When to give up.
+        place: Where they compute; see places.py.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launch, *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={
+            **os.environ,
+            **environment(place),
+            "PYTHONPATH": str(TESTS),
+            "PYTHONWARNINGS": "ignore",
+        },
+    )
+
+
+def assert_worker_passes(
+    worker: str, *arguments: str, timeout_s: int = 300, place: str = "cpu"
+) -> None:
     """Fails with the first traceback of the processes, if one of them fails or hangs.
 
     Args:
         worker: Name of the file in this folder.
         *arguments: Of its command line.
         timeout_s: When to give up.
+        place: Where they compute; see places.py.
     """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(TESTS / worker), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **CPU_ONLY},
-    )
+    done = run_in_two(str(TESTS / worker), *arguments, timeout_s=timeout_s, place=place)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:6000]}"

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from head_cases import fixed_schedule
 from oracle import assert_close_as_torch
+from places import generator
 from plain_head import (
     NAMES,
     Loss,
@@ -37,10 +38,12 @@ from hf_fused_head import LinearCrossEntropyLoss, linear_cross_entropy_with_stat
 from hf_fused_head import linear_cross_entropy as fused_loss
 
 IMPLS = ("reference", "torch", *(["triton"] if find_spec("triton") else []))
+# Rows and columns that kernels cut in: tiles of a GPU are larger than those of the interpreter.
+UNIT = 256 if torch.cuda.is_available() else 32
 SCHEDULES = {
-    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=32),
-    "windows": fixed_schedule("recompute", vocab_window=32),
-    "hybrid": fixed_schedule("hybrid", vocab_window=32, kept_share=0.5),
+    "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=UNIT),
+    "windows": fixed_schedule("recompute", vocab_window=UNIT),
+    "hybrid": fixed_schedule("hybrid", vocab_window=UNIT, kept_share=0.5),
 }
 EVERYTHING = {
     "label_smoothing": 0.1,
@@ -166,7 +169,7 @@ def check(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.tensor(0.75)
     if problem.options.get("reduction") == "none":
-        upstream = torch.randn(problem.shape, generator=torch.Generator().manual_seed(3))
+        upstream = torch.randn(problem.shape, generator=generator(3))
     ours = results(by_shard(problem, sizes, impl, **extra), tensors, upstream.to(wide))
     plain = results(by_parts(problem, sizes), tensors, upstream.to(wide))
     truth = results(by_plain(problem), widened(tensors), upstream.double())
@@ -192,7 +195,7 @@ def each_problem(impl: str, name: str) -> None:
 def as_one_process(problem: Problem, sizes: list[int], impl: str) -> None:
     """Loss and every gradient are the engine's own in one process."""
     tensors = exact(problem.tensors(torch.float32))
-    upstream = torch.randn(problem.shape, generator=torch.Generator().manual_seed(3))
+    upstream = torch.randn(problem.shape, generator=generator(3))
     ours = results(by_shard(problem, sizes, impl), tensors, upstream)
     for name, alone in results(by_ours(problem, impl), tensors, upstream).items():
         torch.testing.assert_close(whole(name, ours[name]), alone, msg=name)
@@ -203,15 +206,16 @@ def each_schedule(name: str) -> None:
     from hf_fused_head import fused
     from hf_fused_head.kernels import passes
 
-    problem = Problem(shape=(40,), vocab_size=150, class_weight=True).with_options(
+    rows, columns = UNIT + 8, 5 * UNIT - 10
+    problem = Problem(shape=(rows,), vocab_size=columns, class_weight=True).with_options(
         label_smoothing=0.1, z_loss=0.01, logit_scale=1.3
     )
     with (
         mock.patch.object(fused, "plan", SCHEDULES[name]),
-        mock.patch.object(passes, "MULTIPLE", 32),
+        mock.patch.object(passes, "MULTIPLE", UNIT),
     ):
-        others = [30] * (dist.get_world_size() - 1)
-        check(problem, [150 - sum(others), *others], "triton")
+        others = [UNIT - 2] * (dist.get_world_size() - 1)
+        check(problem, [columns - sum(others), *others], "triton")
 
 
 def each_cut(impl: str, name: str) -> None:
@@ -363,7 +367,7 @@ def autocast(impl: str) -> None:
     """Under autocast the operands are rounded as `F.linear` would round them."""
     tensors = Problem().tensors(torch.float32)
     rounded = {n: t.bfloat16().float() if n in NAMES else t for n, t in tensors.items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tensors["hidden"].device.type, torch.bfloat16):
         loss = by_shard(Problem(), halves_of(37), impl)(tensors)
     torch.testing.assert_close(loss, by_plain(Problem())(rounded))
 

@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from hf_fused_head.benchmark.workloads import IGNORE_INDEX, Batch
 from hf_fused_head.functional import linear_cross_entropy
 from hf_fused_head.options import Impl, resolve_impl, triton_obstacle
 from hf_fused_head.schedule import Schedule, plan, schedules
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("fwd", "fwd+bwd", "frozen")
 
@@ -60,6 +64,7 @@ class Entrant:
         prepare: Takes batch and mode, gives the function that is timed; raises `Unavailable`.
         impl: Ours only: the implementation that is asked for.
         budget_mib: Ours only: the workspace it may use; None for the default.
+        group: Ours only: the ranks that share the vocabulary; None for a whole head.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Entrant:
     prepare: Callable[[Batch, str], Step]
     impl: Impl | None = None
     budget_mib: int | None = None
+    group: ProcessGroup | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -97,15 +103,22 @@ def _by_autograd(make_loss: Callable[[Batch], Loss]) -> Callable[[Batch, str], S
     return prepare
 
 
-def _require(module: str, package: str, batch: Batch) -> None:
+def require(module: str, package: str, device: torch.device) -> None:
+    """Whether another project's kernels can run.
+
+    Raises:
+        Unavailable: If it is not installed, or the device is no GPU.
+    """
     if importlib.util.find_spec(module) is None:
         raise Unavailable(f"pip install {package}", status="not installed")
-    if batch.hidden.device.type != "cuda":
+    if device.type != "cuda":
         raise Unavailable("needs CUDA")
 
 
-def ours(impl: Impl = "auto", budget_mib: int | None = None) -> Entrant:
-    """Our head with one implementation and one budget."""
+def ours(
+    impl: Impl = "auto", budget_mib: int | None = None, group: ProcessGroup | None = None
+) -> Entrant:
+    """Our head with one implementation and one budget; with a group, of its rank's rows."""
 
     def make_loss(batch: Batch) -> Loss:
         if impl == "triton":
@@ -113,12 +126,12 @@ def ours(impl: Impl = "auto", budget_mib: int | None = None) -> Entrant:
             if obstacle is not None:
                 raise Unavailable(obstacle)
         return lambda hidden, weight, labels: linear_cross_entropy(
-            hidden, weight, labels, impl=impl, memory_budget_mib=budget_mib
+            hidden, weight, labels, impl=impl, memory_budget_mib=budget_mib, process_group=group
         )
 
     name = "ours" if impl == "auto" else f"ours:{impl}"
     name += "" if budget_mib is None else f"@{budget_mib}"
-    return Entrant(name, "this project's head", _by_autograd(make_loss), impl, budget_mib)
+    return Entrant(name, "this project's head", _by_autograd(make_loss), impl, budget_mib, group)
 
 
 def _stock_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -168,7 +181,7 @@ def _torch_loss(batch: Batch) -> Loss:
 
 
 def _liger_loss(batch: Batch, accum_dtype: torch.dtype | None = None) -> Loss:
-    _require("liger_kernel", "liger-kernel", batch)
+    require("liger_kernel", "liger-kernel", batch.hidden.device)
     module = importlib.import_module("liger_kernel.transformers")
     criterion = module.LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORE_INDEX, accum_dtype=accum_dtype
@@ -177,15 +190,16 @@ def _liger_loss(batch: Batch, accum_dtype: torch.dtype | None = None) -> Loss:
 
 
 def _cce_loss(batch: Batch, filter_eps: str | None = "high") -> Loss:
-    _require("cut_cross_entropy", "cut-cross-entropy", batch)
+    require("cut_cross_entropy", "cut-cross-entropy", batch.hidden.device)
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda hidden, weight, labels: function(
         hidden, weight, labels, ignore_index=IGNORE_INDEX, filter_eps=filter_eps
     )
 
 
-def _trl_loss(batch: Batch) -> Loss:
-    _require("trl", "trl", batch)
+def trl_loss(device: torch.device) -> Loss:
+    """TRL's head on a GPU; `Unavailable` without."""
+    require("trl", "trl", device)
     function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -201,7 +215,7 @@ def _trl_loss(batch: Batch) -> Loss:
 
 
 def _quack_loss(batch: Batch) -> Loss:
-    _require("quack", "quack-kernels", batch)
+    require("quack", "quack-kernels", batch.hidden.device)
     if batch.hidden.dtype != torch.bfloat16:
         raise Unavailable("needs bfloat16")
     if torch.cuda.get_device_capability(batch.hidden.device)[0] < 9:
@@ -240,7 +254,9 @@ _OTHERS = {
             "Cut Cross-Entropy, no filter",
             _by_autograd(lambda batch: _cce_loss(batch, None)),
         ),
-        Entrant("trl", "TRL's fused head", _by_autograd(_trl_loss)),
+        Entrant(
+            "trl", "TRL's fused head", _by_autograd(lambda batch: trl_loss(batch.hidden.device))
+        ),
         Entrant("quack", "QuACK", _by_autograd(_quack_loss)),
     )
 }
@@ -331,4 +347,5 @@ def _plan_arguments(entrant: Entrant, batch: Batch, mode: str) -> dict:
         "device_type": hidden.device.type,
         "grad_hidden": mode != "fwd",
         "grad_weight": mode == "fwd+bwd",
+        "shared_hidden": entrant.group is not None and entrant.group.size() > 1,
     }

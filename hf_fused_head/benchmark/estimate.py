@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from hf_fused_head.benchmark.report import mebibytes, plain_table
+from hf_fused_head.benchmark.columns import mebibytes
+from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import WORKLOADS
 from hf_fused_head.options import FLOAT_DTYPES, Choice, resolve_impl
 from hf_fused_head.schedule import plan, schedules

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from hf_fused_head.benchmark.columns import WORDS, cells, columns_of, mebibytes, number
 from hf_fused_head.benchmark.suite import Record
 
 if TYPE_CHECKING:
     from hf_fused_head.patches import SupportRow
-
-_MIB = 2**20
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -147,10 +146,21 @@ def header_lines(header: dict) -> list[str]:
     return [
         f"{device['name']}{size}; {header['cpu_threads']} CPU threads; {header['date']}",
         ", ".join(installed) + (f"; commit {_brief(header['commit'])}" if header["commit"] else ""),
+        *_rank_lines(header.get("ranks")),
         f"{protocol['repeats']} repeats after {protocol['warmup']} warm-up, {protocol['order']}; "
         f"{protocol['clock']}; time: {protocol['time']}; memory: {protocol['memory']}; "
         f"errors: {protocol['errors']}; data: {protocol['data']}",
     ]
+
+
+def _rank_lines(ranks: dict | None) -> list[str]:
+    if ranks is None:
+        return []
+    size = ranks["world_size"]
+    line = f"{size} rank{'s' if size > 1 else ''} over {ranks['backend']}"
+    if ranks["shared_device"]:
+        line += ", several on a device: times are NOT meaningful, bytes and errors are"
+    return [line]
 
 
 def _brief(commit: str) -> str:
@@ -158,54 +168,20 @@ def _brief(commit: str) -> str:
     return digest[:12] + plus + changes
 
 
-_COLUMNS = (
-    "contender",
-    "schedule",
-    "ms",
-    "min-max ms",
-    "x floor",
-    "peak MiB",
-    "loss error",
-    "dX error",
-    "dW error",
-    "check",
-)
-
-
-def cells(row: dict) -> list[str]:
-    """One line of a case's table; a contender that did not run says why in the last cell."""
-    if row["status"] != "ok":
-        brief = row["status"] in ("not installed", "out of memory")
-        verdict = row["status"] if brief else f"{row['status']}: {row['reason']}"
-        return [row["contender"], *[""] * (len(_COLUMNS) - 2), verdict]
-    impl = f"{row['impl']}: {row['schedule']}" if row["impl"] else ""
-    failed = (row["check"] or "passed") != "passed"
-    return [
-        row["contender"],
-        impl,
-        number(row["time_ms"], ".2f"),
-        f"{row['min_ms']:.2f}-{row['max_ms']:.2f}",
-        number(row["floor_ratio"], ".2f"),
-        mebibytes(row["peak_bytes"]),
-        number(row["loss_error"], ".1e"),
-        number(row["dhidden_error"], ".1e"),
-        number(row["dweight_error"], ".1e"),
-        "error > 2x stock" if failed else row["check"] or "",
-    ]
-
-
 def tables(content: dict) -> list[Table]:
     """One table a case, for a terminal."""
-    made = []
+    made, columns = [], columns_of(content)
     for title, rows in cases_of(content).items():
         table = Table(title=title, title_justify="left", title_style="bold")
-        for column in _COLUMNS:
-            words = column in ("contender", "schedule", "check")
+        for column in columns:
+            words = column in WORDS
             table.add_column(column, justify="left" if words else "right", no_wrap=not words)
         for row in rows:
             ours = row["contender"].startswith("ours")
             bad = row["status"] == "ok" and (row["check"] or "passed") != "passed"
-            table.add_row(*map(escape, cells(row)), style="red" if bad else "bold" if ours else "")
+            table.add_row(
+                *map(escape, cells(row, columns)), style="red" if bad else "bold" if ours else ""
+            )
         made.append(table)
     return made
 
@@ -213,10 +189,11 @@ def tables(content: dict) -> list[Table]:
 def markdown(content: dict) -> str:
     """The header and one Markdown table a case."""
     lines = [f"{line}  " for line in header_lines(content["header"])]
+    columns = columns_of(content)
+    rule = "".join("---|" if column in WORDS else "---:|" for column in columns)
     for title, rows in cases_of(content).items():
-        lines += ["", f"**{title}**", "", _line(_COLUMNS)]
-        lines.append("|---|---|" + "---:|" * 7 + "---|")
-        lines += [_line(cells(row)) for row in rows]
+        lines += ["", f"**{title}**", "", _line(columns), f"|{rule}"]
+        lines += [_line(cells(row, columns)) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -255,15 +232,3 @@ def _matrix_cell(row: dict | None, by_name: dict[str, dict]) -> str:
 
 def _line(parts: Iterable[str]) -> str:
     return "| " + " | ".join(part.replace("|", "/") for part in parts) + " |"
-
-
-def number(value: float | None, form: str) -> str:
-    """A number in a format, "" for None."""
-    return "" if value is None else format(value, form)
-
-
-def mebibytes(nbytes: int | None) -> str:
-    """Bytes in MiB, with digits where there are few; "" for None."""
-    if nbytes is None:
-        return ""
-    return f"{nbytes / _MIB:.0f}" if nbytes >= 10 * _MIB else f"{nbytes / _MIB:.2f}"

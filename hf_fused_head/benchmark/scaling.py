@@ -11,14 +11,17 @@ spread over t ranks along the vocabulary (tensor parallelism), f ranks that shar
     gathered for the forward   V/t H b, while the head runs, if n > 1
 
     sent, vocabulary           forward 8 T/s, backward 4 H T/s, each by 2 (t - 1) / t
-    sent, weights              2 (n - 1) / n of V/t H b: gathered once, its gradient scattered once
+    sent, weights              3 (n - 1) / n of V/t H b: gathered for the forward and again for the
+                               backward, its gradient scattered; gathered once where the engine
+                               keeps it (FSDP2 with `reshard_after_forward=False`, and its root)
     sent, gradient             2 (s - 1) / s of V/t H b where f = 1 and s > 1: each rank of a
                                sequence has a part of it; an engine may sum it with other weights'
 
 Bytes are those that a rank sends in a step around a ring, which takes 2 (n - 1) / n of a vector to
 sum it over n ranks and (n - 1) / n to gather or to scatter it. With a frozen head nothing of its
-gradient is held or sent, and 8 T/s is what "torch" and "triton" send (`distributed.vocab_parallel`)
-without statistics. Copies for data parallelism change none of it: DDP sums the gradient once more.
+gradient is held or sent. 8 T/s is what "torch" and "triton" send (`distributed.vocab_parallel`)
+without statistics; "torch" gathers half of it, so that for t > 2 it sends 4 (t - 1) T/s there.
+Copies for data parallelism change none of it: DDP sums the gradient once more.
 """
 
 from __future__ import annotations
@@ -104,7 +107,7 @@ def per_rank(shape: HeadShape, num_tokens: int, layout: Layout, frozen_head: boo
         held_gradient_bytes=-(-gradient // shared),
         gathered_weight_bytes=weight if shared > 1 else 0,
         sent_vocabulary_bytes=_around((8 + 4 * shape.hidden_size) * tokens * 2, layout.tensor),
-        sent_weight_bytes=_around(weight + gradient, shared),
+        sent_weight_bytes=_around(2 * weight + gradient, shared),
         sent_gradient_bytes=_around(2 * gradient, layout.sequence) if whole else 0,
     )
 

@@ -6,6 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -201,9 +202,9 @@ def _run_case(
     for lane in lanes:
         _prepare(lane, batch, case.mode)
     _judge(lanes, batch, case.mode, settings.check, on_step)
-    _clear(device)
+    clear(device)
     _time(lanes, settings, device, on_step)
-    _clear(device)
+    clear(device)
     return [lane.record for lane in lanes]
 
 
@@ -231,7 +232,7 @@ def _record(case: Case, entrant: Entrant, batch: Batch) -> Record:
 
 
 def _prepare(lane: _Lane, batch: Batch, mode: str) -> None:
-    with _Guard(lane):
+    with Guard(lane):
         lane.step = lane.entrant.prepare(batch, mode)
         schedule = contenders.schedule_of(lane.entrant, batch, mode)
         if schedule is not None:
@@ -246,10 +247,14 @@ def _is_of_compiler(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("triton", "cutlass")
 
 
-class _Guard:
-    """Turns what a contender dies of into the status of its row, and takes it out of the run."""
+class Guard:
+    """Turns what a contender dies of into the status of its row, and takes it out of the run.
 
-    def __init__(self, lane: _Lane) -> None:
+    Args:
+        lane: What has a `record` and, while it can run, a `step`.
+    """
+
+    def __init__(self, lane: Any) -> None:
         self.lane = lane
 
     def __enter__(self) -> None:
@@ -284,7 +289,7 @@ def _judge(
     del plain
     for lane in lanes:
         if lane.step is not None:
-            with _Guard(lane):
+            with Guard(lane):
                 _judge_one(lane, lane.step, truth, stock, batch, device)
         on_step()
     wrong = [
@@ -326,7 +331,7 @@ def _time(
     for repeat in range(-settings.warmup, settings.repeats):
         for lane in lanes:
             if lane.step is not None:
-                with _Guard(lane):
+                with Guard(lane):
                     elapsed = measure.time_ms(lane.step, device)
                     if repeat >= 0:
                         samples[lane.record.contender].append(elapsed)
@@ -349,7 +354,8 @@ def num_steps(num_entrants: int, settings: Settings) -> int:
     return num_entrants * (1 + settings.warmup + settings.repeats)
 
 
-def _clear(device: torch.device) -> None:
+def clear(device: torch.device) -> None:
+    """Gives back what the allocator keeps for later."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

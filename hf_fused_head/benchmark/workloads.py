@@ -109,7 +109,7 @@ def make_batch(
         return torch.randn(shape, generator=generator, device=device)
 
     weight = normal(workload.vocab_size, hidden_size).mul_(hidden_size**-0.5).to(dtype)
-    labels = _zipf_labels(workload, generator, device)
+    labels = zipf_labels(num_tokens, workload.vocab_size, generator, device)
     # log V + std^2 / 2 is the log-sum-exp of the other logits; targets stand about it.
     pull = math.log(workload.vocab_size) + _LOGIT_STD**2 / 2 - 1 + 2.2 * normal(num_tokens, 1)
     hidden = normal(num_tokens, hidden_size).mul_(_LOGIT_STD)
@@ -120,10 +120,13 @@ def make_batch(
     return Batch(hidden, weight, labels, num_tokens - num_ignored)
 
 
-def _zipf_labels(workload: Workload, generator: torch.Generator, device: torch.device) -> Tensor:
+def zipf_labels(
+    num_tokens: int, vocab_size: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Token ids by Zipf's law: [T] int64."""
     # Byte-pair vocabularies are roughly in order of frequency: the rank serves as the id.
-    ranks = torch.arange(1, workload.vocab_size + 1, dtype=torch.float32, device=device)
+    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float32, device=device)
     cumulative = (1 / (ranks + 2.7)).cumsum(0)
-    draws = torch.rand(workload.num_tokens, generator=generator, device=device)
+    draws = torch.rand(num_tokens, generator=generator, device=device)
     labels = torch.searchsorted(cumulative, draws * cumulative[-1])
-    return labels.clamp_(max=workload.vocab_size - 1)
+    return labels.clamp_(max=vocab_size - 1)

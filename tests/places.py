@@ -1,0 +1,45 @@
+"""Where the processes of a worker compute, and how they talk.
+
+"cpu" over gloo; "cuda", a GPU for each, over NCCL; "shared", all on one GPU, over gloo. Tensors of
+a worker are made on the default device, which is set before its first case.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "shared": "gloo"}
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+# Parameters of a test that runs a worker: everywhere, or where every process has a device.
+ON_TWO_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)]
+EVERYWHERE = [*ON_TWO_DEVICES, pytest.param("shared", marks=pytest.mark.gpu)]
+
+
+def environment(place: str) -> dict[str, str]:
+    """What a worker is started with; Triton's interpreter runs where there is no GPU."""
+    on_cpu = place == "cpu"
+    return {
+        "TEST_PLACE": place,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1" if on_cpu else "0",
+        **(_NO_GPU if on_cpu else {}),
+    }
+
+
+def settle(rank: int) -> str:
+    """In a worker: makes its device the default one, and returns the backend."""
+    place = os.environ["TEST_PLACE"]
+    if place != "cpu":
+        device = torch.device("cuda", rank if place == "cuda" else 0)
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+    return _BACKENDS[place]
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
