@@ -38,11 +38,11 @@ def _store_sums(shifted, exponents, place, mask_t, total_ptr, entropy_ptr, best_
 
 
 @triton.jit
-def load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start):
-    """Labels as columns of a window of the vocabulary, int32, and what rows are counted from."""
+def load_rows(labels_ptr, shift_ptr, offs_t, num_tokens):
+    """Labels of rows, int64, and what their logits are counted from; nothing waits for them yet."""
     mask_t = offs_t < num_tokens
-    labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - vocab_start
-    return labels.to(tl.int32), tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
+    labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
+    return labels, tl.load(shift_ptr + offs_t, mask=mask_t, other=0.0)
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def epilogue(
     shift,
     num_tokens,
     vocab_size,
+    vocab_start,
     bias_ptr,
     class_weight_ptr,
     logit_scale,
@@ -77,6 +78,7 @@ def epilogue(
     with it, the gradient of the accumulated products.
     """
     mask_t = offs_t < num_tokens
+    labels = (labels - vocab_start).to(tl.int32)
     # Few tiles hold a label of one of their rows, and only the last ones columns beyond V: the
     # others are spared two comparisons and a choice an element.
     end_v = first_v + offs_v.shape[0]

@@ -102,7 +102,7 @@ def _head_descriptor_kernel(
                 PRECISION,
                 UPCAST,
             )
-        labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
+        labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
         tile = epilogue(
             acc,
             offs_t,
@@ -112,6 +112,7 @@ def _head_descriptor_kernel(
             shift,
             num_tokens,
             vocab_size,
+            vocab_start,
             bias_ptr,
             class_weight_ptr,
             logit_scale,
@@ -225,7 +226,7 @@ def _head_pointer_kernel(
             PRECISION,
             UPCAST,
         )
-    labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
+    labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
     tile = epilogue(
         acc,
         offs_t,
@@ -235,6 +236,7 @@ def _head_pointer_kernel(
         shift,
         num_tokens,
         vocab_size,
+        vocab_start,
         bias_ptr,
         class_weight_ptr,
         logit_scale,

@@ -131,7 +131,7 @@ def _multiply(
     """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
     store_desc, out_bufs = store
     num_tokens, vocab_size = sizes
-    labels_ptr, shift_ptr, vocab_start = rows
+    labels_ptr, shift_ptr = rows
     hidden_bufs, weight_bufs, ready, free = buffers
     num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
     ROWS: gl.constexpr = hidden_bufs.type.shape[1]
@@ -144,7 +144,7 @@ def _multiply(
         first_t = pid_t * 2 * ROWS + WHO * ROWS
         offs_t = first_t + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
         # Loaded before they are needed: they arrive behind the product.
-        labels, shift = _load_rows(labels_ptr, shift_ptr, offs_t, num_tokens, vocab_start)
+        labels, shift = _load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
         acc = gl.zeros((ROWS, BLOCK_V), dtype=gl.float32, layout=layout)
         last = 0
         for step in range(num_steps + num_low_steps):
@@ -239,8 +239,9 @@ def _head_pingpong_kernel(
 
     operands = (hidden_desc, weight_desc, low_desc, low_weight_desc)
     buffers = (hidden_bufs, weight_bufs, ready, free)
-    rows = (labels_ptr, shift_ptr, vocab_start)
+    rows = (labels_ptr, shift_ptr)
     epilogue = (
+        vocab_start,
         bias_ptr,
         class_weight_ptr,
         logit_scale,
