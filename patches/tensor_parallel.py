@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .errors import UnsupportedModelError
@@ -20,8 +21,10 @@ _REMEDY = "or leave lm_head out of the plan or the model stock (remove_patch)"
 
 
 class HeadRows(NamedTuple):
-    """This rank's part of a head, with gradients that stay with it."""
+    """This rank's part of a head, with gradients that stay with it, and what it is given."""
 
+    hidden: Tensor  # [..., hidden], all of them
+    complete_hidden: bool  # whether their gradient has to be the sum over the ranks
     weight: Tensor  # [rows, hidden]
     bias: Tensor | None  # [rows]
     group: Any
@@ -37,8 +40,17 @@ def layout_of(tensor: Any) -> tuple[Any, ...]:
     return (tensor.device_mesh, tuple(tensor.placements)) if is_spread(tensor) else ()
 
 
-def head_rows(weight: Any, bias: Any) -> HeadRows:
+def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
     """The rows of a head that are here.
+
+    Hidden states that were gathered for the head alone, out of a sequence that is cut over the same
+    ranks, take each rank's part of their gradient: the way back of the gathering sums and scatters
+    the parts, in one collective and in their dtype. Other ones take the sum.
+
+    Args:
+        hidden: What `gathered_hidden` returns, [..., hidden].
+        weight: [vocab, hidden].
+        bias: [vocab], or None.
 
     Raises:
         UnsupportedModelError: If it is not cut into rows over one dimension of ranks.
@@ -51,18 +63,40 @@ def head_rows(weight: Any, bias: Any) -> HeadRows:
                 f"or tp_plan='colwise_gather_output', {_REMEDY}"
             )
     group = weight.device_mesh.get_group()
-    return HeadRows(weight.to_local(), None if bias is None else bias.to_local(), group)
+    scattered = is_spread(hidden) and _was_cut(hidden, weight.device_mesh)
+    local = _with_partial_gradient(hidden) if scattered else whole_hidden(hidden)
+    return HeadRows(
+        local, not scattered, weight.to_local(), None if bias is None else bias.to_local(), group
+    )
 
 
-def whole_hidden(hidden: Any) -> Tensor:
-    """All hidden states, as a plain tensor; their gradient is the same on every rank."""
-    if not is_spread(hidden):
+def gathered_hidden(hidden: Any) -> Any:
+    """Hidden states of which every rank has all: a DTensor stays one."""
+    if not is_spread(hidden) or all(place.is_replicate() for place in hidden.placements):
         return hidden
     from torch.distributed.tensor import Replicate
 
-    if not all(place.is_replicate() for place in hidden.placements):
-        hidden = hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
-    return hidden.to_local()
+    return hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
+
+
+def whole_hidden(hidden: Any) -> Tensor:
+    """Gathered hidden states as a plain tensor, whose gradient is the same on every rank."""
+    return hidden.to_local() if is_spread(hidden) else hidden
+
+
+def _with_partial_gradient(hidden: Any) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    return hidden.to_local(grad_placements=[Partial()])
+
+
+def _was_cut(hidden: Any, mesh: Any) -> bool:
+    """Whether these hidden states come right out of a gathering over the ranks of `mesh`."""
+    if torch.compiler.is_compiling() or hidden.device_mesh != mesh:
+        return False
+    # What `redistribute` keeps for its backward. Without it the sum is made, which is right too.
+    before = getattr(hidden.grad_fn, "current_spec", None)
+    return before is not None and any(place.is_shard() for place in before.placements)
 
 
 def whole_logits(logits: Any) -> Tensor:
