@@ -104,13 +104,19 @@ def whole_logits(logits: Any) -> Tensor:
     return logits.full_tensor() if is_spread(logits) else logits
 
 
-def gathers_logits(forward: Any) -> bool:
-    """Whether a forward on the head is transformers', with hidden states and logits whole."""
+def gathers_logits(forward: Any, head: Any) -> bool:
+    """Whether a forward on the head is transformers', with hidden states and logits whole.
+
+    On a deep copy of a head it still runs the original, and counts as somebody else's.
+    """
     code = getattr(forward, "__code__", None)
     if code is None or forward.__globals__.get("__name__") != _TRANSFORMERS:
         return False
-    style: Any = inspect.getclosurevars(forward).nonlocals.get("self")
+    closure = inspect.getclosurevars(forward).nonlocals
+    style: Any = closure.get("self")
     if type(style).__name__ != "ColwiseParallel" or not style.use_local_output:
+        return False
+    if closure.get("module") is not head:
         return False
     return style.input_layouts.is_replicate() and style.output_layouts.is_replicate()
 

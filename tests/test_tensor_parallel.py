@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from ranks import assert_passed, run_ranks
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
@@ -12,3 +13,14 @@ WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 # One test of all cases: workers of pytest would each start the processes for their share of them.
 def test_two_processes_are_one(tmp_path: Path) -> None:
     assert_passed(run_ranks(WORKER, 2, tmp_path))
+
+
+@pytest.mark.slow
+def test_two_processes_compile_down_to_autograd(tmp_path: Path) -> None:
+    cases = ("compiled-aot_eager", "compiled-sequence-aot_eager")
+    assert_passed(run_ranks(WORKER, 2, tmp_path, *cases))
+
+
+@pytest.mark.slow
+def test_four_processes_are_sharded_in_two_dimensions(tmp_path: Path) -> None:
+    assert_passed(run_ranks(WORKER, 4, tmp_path, "fully_sharded_over_every_grid"))
