@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
+from accelerate_on_cpu import pretend_gpus
 from peft import LoraConfig, get_peft_model
 from ranks import refused
 from tensor_parallel_models import (
@@ -276,6 +279,24 @@ def fully_sharded_over_every_grid() -> None:
     for replicas in (count for count in range(1, ranks + 1) if ranks % count == 0):
         for head_alone in (False, True):
             fully_sharded(replicas, head_alone)
+
+
+@case
+def accelerate_prepares_a_model_with_a_plan() -> None:
+    """Two steps of it are those of one process."""
+    stock, model = loaded("llama", vocab_size=104)
+    alone = torch.optim.SGD(stock.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pretend_gpus()
+    spread = ParallelismConfig(tp_size=dist.get_world_size())
+    accelerator = Accelerator(parallelism_config=spread)
+    model, optimizer = accelerator.prepare(apply_patch(model), optimizer)
+    for _ in range(2):
+        torch.testing.assert_close(results(model, batch(stock)), results(stock, batch(stock)))
+        optimizer.step()
+        alone.step()
+    assert_vocabulary_parallel(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def compiled(prepare: Callable[[Any], Any], backend: str) -> None:
