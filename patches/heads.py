@@ -24,7 +24,7 @@ from .chunked import check_rows, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
 from .settings import LossSettings
-from .tensor_parallel import head_rows, is_spread, whole_hidden
+from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
 
 LINEAR = "linear"
 CONV1D = "conv1d"
@@ -104,7 +104,7 @@ def head_loss(
         kind: What `kind_of` says of the head's class.
         head: The head, called from inside its forward.
         stock_forward: The forward of its class as it was before the swap.
-        hidden: [..., hidden]; of a sharded model maybe a DTensor of which every rank has all.
+        hidden: [..., hidden]; of a sharded model maybe a DTensor.
         target: [...], int64, shifted, on the device of `hidden`.
         settings: What the loss is and how it may be computed.
         verify_rows: Try out that a module that is not taken apart treats every token by itself.
@@ -115,7 +115,7 @@ def head_loss(
     """
     operands = _operands(kind, head, hidden)
     if operands is None:
-        hidden = whole_hidden(hidden)
+        hidden = _uncut(hidden, head)
         forward = functools.partial(stock_forward, head)
         if verify_rows and not torch.compiler.is_compiling():
             check_rows(head, forward, hidden)
@@ -143,6 +143,17 @@ def head_loss(
         dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
     ranks = 1 if operands.group is None else operands.group.size()
     return HeadLoss(stats, operands.vocab_size, dtype, kind, ranks)
+
+
+def _uncut(hidden: Any, head: nn.Module) -> Tensor:
+    """Hidden states for a head whose own forward runs on a few tokens at a time."""
+    if is_cut(hidden):
+        raise UnsupportedModelError(
+            f"the hidden states of a {type(head).__name__} head that is not taken apart must be "
+            f"whole on every rank, got a DTensor with {tuple(hidden.placements)}: gather them "
+            "before the head, as a plain tensor, or leave the model stock (remove_patch)"
+        )
+    return whole_hidden(hidden)
 
 
 def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:

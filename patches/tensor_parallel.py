@@ -48,7 +48,7 @@ def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
     the parts, in one collective and in their dtype. Other ones take the sum.
 
     Args:
-        hidden: What `gathered_hidden` returns, [..., hidden].
+        hidden: [..., hidden], a plain tensor or a DTensor, cut or not.
         weight: [vocab, hidden].
         bias: [vocab], or None.
 
@@ -63,6 +63,7 @@ def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
                 f"or tp_plan='colwise_gather_output', {_REMEDY}"
             )
     group = weight.device_mesh.get_group()
+    hidden = _gathered(hidden)
     scattered = is_spread(hidden) and _was_cut(hidden, weight.device_mesh)
     local = _with_partial_gradient(hidden) if scattered else whole_hidden(hidden)
     return HeadRows(
@@ -70,18 +71,23 @@ def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
     )
 
 
-def gathered_hidden(hidden: Any) -> Any:
-    """Hidden states of which every rank has all: a DTensor stays one."""
-    if not is_spread(hidden) or all(place.is_replicate() for place in hidden.placements):
+def whole_hidden(hidden: Any) -> Tensor:
+    """All hidden states, as a plain tensor; their gradient is the same on every rank."""
+    hidden = _gathered(hidden)
+    return hidden.to_local() if is_spread(hidden) else hidden
+
+
+def is_cut(tensor: Any) -> bool:
+    """Whether no rank has all of a tensor."""
+    return is_spread(tensor) and not all(place.is_replicate() for place in tensor.placements)
+
+
+def _gathered(hidden: Any) -> Any:
+    if not is_cut(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
 
     return hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
-
-
-def whole_hidden(hidden: Any) -> Tensor:
-    """Gathered hidden states as a plain tensor, whose gradient is the same on every rank."""
-    return hidden.to_local() if is_spread(hidden) else hidden
 
 
 def _with_partial_gradient(hidden: Any) -> Tensor:

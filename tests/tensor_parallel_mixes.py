@@ -172,6 +172,7 @@ def adapted(model: Any, **options: Any) -> Any:
 ADAPTERS = {
     "body": ({"target_modules": ["q_proj", "o_proj"]}, ""),
     "head": ({"target_modules": ["lm_head", "q_proj"]}, ".base_layer"),
+    # A copy of the head of its own.
     "saved": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         ".modules_to_save.default",
@@ -211,6 +212,15 @@ def adapters_with_a_plan(name: str) -> None:
 
 for _name in ("body", "head"):
     CASES[f"lora-{_name}-tp_plan"] = functools.partial(adapters_with_a_plan, _name)
+
+
+@case
+def adapters_on_a_head_with_a_cut_sequence_are_refused() -> None:
+    """PEFT's layer takes no DTensor; the stock forward fails too."""
+    stock = build("llama", tie_word_embeddings=False)
+    model = adapted(cut_by_colwise(stock, local=False), **ADAPTERS["head"][0])
+    with refused(UnsupportedModelError, "must be whole on every rank, got a DTensor with"):
+        model(**batch(stock, length=LENGTH))
 
 
 @case
