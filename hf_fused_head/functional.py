@@ -102,8 +102,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: If shapes disagree, an option is out of range or a label is no class.
         TypeError: If dtypes are wrong.
-        NotImplementedError: If the named `impl` does not support the inputs, or a CUDA graph that is
-            being captured would have to hold what the ranks of `process_group` tell each other.
+        NotImplementedError: If the named `impl` does not support the inputs, or with
+            `process_group` while a CUDA graph is captured.
         RuntimeError: If the ranks of `process_group` do not mean the same loss, or another one has
             raised one of the above.
 

@@ -96,12 +96,11 @@ def cut_sequence(prepare: Callable[[Any], Any]) -> None:
     model = prepare(stock)
     assert_as_one_process(model, stock, length=LENGTH)
     inputs = batch(stock, length=LENGTH)
-    with CommDebugMode() as backward, hidden_sums(stock) as elements:
-        # The mode's own hooks on modules would stand between the gathering and the head.
-        backward.__exit__(None, None, None)
+    with hidden_sums(stock) as elements:
         loss = model(**inputs).loss
-        backward.__enter__()
-        loss.backward()
+        # Not before: its own hooks on modules would stand between the gathering and the head.
+        with CommDebugMode() as backward:
+            loss.backward()
     counts = Counter({op.__name__: count for op, count in backward.get_comm_counts().items()})
     if counts["reduce_scatter_tensor"] != 1 or counts["all_reduce"] or elements:
         raise AssertionError(f"backward {dict(counts)}, sums of {elements} elements")

@@ -151,6 +151,8 @@ def a_copy_of_the_module_shares_the_group() -> None:
     if twin.process_group is not dist.group.WORLD or twin.weight is module.weight:
         raise AssertionError("the copy has another group or the same class weights")
     torch.testing.assert_close(twin(*arguments), module(*arguments), rtol=0, atol=0)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), module(*arguments), rtol=0, atol=0)
     with refused(TypeError, "`process_group` must be None in a LinearCrossEntropyLoss that is"):
         pickle.dumps(module)
 
