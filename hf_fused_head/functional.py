@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_fused_head import ops
 from hf_fused_head.arguments import check_arguments
 from hf_fused_head.autograd import FinishedLoss, RowLosses
-from hf_fused_head.distributed.vocab_parallel import group_name
+from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
 from hf_fused_head.options import (
     STAT_NAMES,
     Choice,
@@ -102,7 +102,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: If shapes disagree, an option is out of range or a label is no class.
         TypeError: If dtypes are wrong.
-        NotImplementedError: If the named `impl` does not support the inputs.
+        NotImplementedError: If the named `impl` does not support the inputs, or with
+            `process_group` while a CUDA graph is captured.
+        RuntimeError: If the ranks of `process_group` do not mean the same loss, or another one has
+            raised one of the above.
 
     References:
         Dong and Chang, "From Projection to Prediction", arXiv:2511.17599.
@@ -170,6 +173,7 @@ def operand_cross_entropy(
     impl: str = "auto",
     memory_budget_mib: float | None = None,
     process_group: ProcessGroup | None = None,
+    complete_hidden: bool = True,
     stats: tuple[str, ...] = (),
 ) -> LossStats:
     """The loss of a head whose logits are a sum of products, as a LoRA head's are.
@@ -184,19 +188,37 @@ def operand_cross_entropy(
         impl: Name of the engine, or "auto".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients.
         process_group: The ranks that share the head; None for a head on one rank.
+        complete_hidden: With a group, sum the gradients of all X_i over its ranks. False leaves
+            each rank's part, in the dtype of X_i, to a caller who sums and scatters at once.
         stats: Which of "accuracy" (the field `correct`) and "entropy" to fill.
     """
     if not operands:
         raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
     group = group_name(process_group)
     pairs, bias = _autocast(list(operands), linear_bias)
-    check_arguments(pairs, target, bias, weight, num_items, memory_budget_mib, stats, group != "")
+    try:
+        check_arguments(
+            pairs, target, bias, weight, num_items, memory_budget_mib, stats, group != ""
+        )
+    except (TypeError, ValueError, NotImplementedError):
+        # The labels may be what is wrong; the head's rows lie where the group works.
+        report_failure(group, pairs[0][1].device)
+        raise
     inputs = [hidden.reshape(-1, hidden.shape[-1]) for hidden, _ in pairs]
     weights = [matrix for _, matrix in pairs]
     dtype = accumulation_dtype(inputs[0].dtype)
     class_weight = None if weight is None else weight.detach().to(dtype)
     call = _Call(
-        inputs, weights, bias, class_weight, target, options, impl, memory_budget_mib, group
+        inputs,
+        weights,
+        bias,
+        class_weight,
+        target,
+        options,
+        impl,
+        memory_budget_mib,
+        group,
+        complete_hidden,
     )
     valid = target.reshape(-1) != options.ignore_index
     num_valid = valid.sum()
@@ -231,6 +253,7 @@ class _Call(NamedTuple):
     impl: str
     memory_budget_mib: float | None
     group: str
+    complete_hidden: bool
 
     def run(
         self,
@@ -288,7 +311,7 @@ class _Call(NamedTuple):
         budget_bytes = int((DEFAULT_MEMORY_BUDGET_MIB if mib is None else mib) * 2**20)
         softcap = None if options.softcap is None else float(options.softcap)
         plain = options.ignore_index, float(options.logit_scale), softcap, self.impl, budget_bytes
-        return *plain, self.group
+        return *plain, self.group, self.complete_hidden
 
     def _row_weights(
         self, ce_weight: Tensor, ce_items: int | Tensor, z_items: int | Tensor

@@ -264,7 +264,7 @@ def _plan(
         grad_hidden=any(needs.inputs),
         grad_weight=needs.bias or any(needs.weights),
         per_token=per_token,
-        shared_hidden=call.shard.group is not None,
+        shared_hidden=call.shard.sums_hidden,
         memory_budget_mib=budget_bytes / 2**20,
         smoothing=smoothing,
         grad_columns=sum(size for size, need in zip(sizes, needs.weights, strict=True) if need),

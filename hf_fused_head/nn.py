@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -17,7 +17,8 @@ class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with its options fixed; the head's matrix comes with every call.
 
     Takes the keywords of `linear_cross_entropy`; `weight` becomes a buffer that follows `.to()` and
-    is saved with the module, as in `torch.nn.CrossEntropyLoss`.
+    is saved with the module, as in `torch.nn.CrossEntropyLoss`. A copy of the module shares its
+    `process_group`; a module that has one cannot be pickled.
     """
 
     weight: Tensor | None
@@ -42,8 +43,13 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         self.impl: Impl = impl
         self.memory_budget_mib = memory_budget_mib
-        self.process_group = process_group
+        self._shared = None if process_group is None else _SharedGroup(process_group)
         self.register_buffer("weight", weight)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that share the head."""
+        return None if self._shared is None else self._shared.group
 
     def forward(
         self,
@@ -83,3 +89,20 @@ class LinearCrossEntropyLoss(nn.Module):
             if value != getattr(default, name)
         ]
         return ", ".join(changed)
+
+
+class _SharedGroup:
+    """A process group inside a module: live connections of this process, not data to copy."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"`process_group` must be None in a LinearCrossEntropyLoss that is pickled, got "
+            f"{self.group!r}: groups live in one process; save the state_dict and make the module "
+            "anew with the group of the process that loads it"
+        )

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_fused_head.distributed.vocab_parallel import VocabShard, agree
+from hf_fused_head.distributed.vocab_parallel import (
+    WHOLE,
+    Terms,
+    VocabShard,
+    agree,
+    report_failure,
+)
 from hf_fused_head.options import (
     Needs,
     Operands,
@@ -35,7 +41,8 @@ _ENGINES = {
 # What every operator takes first, spelled as schema and, in the same order, as `_Head`.
 _HEAD = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? class_weight, Tensor labels, "
-    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes, str group"
+    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes, str group, "
+    "bool complete_hidden"
 )
 _STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct, Tensor correction"
 _NEEDS = "bool[] need_inputs, bool[] need_weights, bool need_bias"
@@ -55,6 +62,7 @@ class _Head(NamedTuple):
     impl: str
     budget_bytes: int
     group: str  # name of a process group; "" for a head on one rank
+    complete_hidden: bool  # that the ranks sum the gradients of `inputs`
 
     @classmethod
     def split(cls, arguments: tuple[Any, ...]) -> tuple[_Head, tuple[Any, ...]]:
@@ -66,27 +74,38 @@ class _Head(NamedTuple):
     def num_tokens(self) -> int:
         return self.labels.numel()
 
+    def choice(self) -> str:
+        """The name of the engine that was asked for."""
+        return resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype).impl
+
     def engine(self) -> ModuleType:
         """The module of the engine that was asked for."""
-        choice = resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype)
-        return importlib.import_module(_ENGINES[choice.impl])
+        return importlib.import_module(_ENGINES[self.choice()])
 
     def shard(self, *terms: Any) -> VocabShard:
         """This rank's part of the vocabulary; ranks that mean different losses all raise."""
+        if not self.group:
+            return WHOLE
+        try:
+            impl = self.choice()
+        except (ValueError, NotImplementedError):
+            report_failure(self.group, self.labels.device)
+            raise
         sizes = [matrix.shape[1] for matrix in self.weights]
-        options = (self.ignore_index, self.logit_scale, self.softcap, self.impl, self.budget_bytes)
+        options = (self.ignore_index, self.logit_scale, self.softcap, impl, self.budget_bytes)
         shared = None if self.class_weight is None else tuple(self.class_weight.shape)
         shard = agree(
             self.group,
             self.weights[0].shape[0],
             self.labels,
-            {
-                "`input`": (tuple(self.labels.shape), sizes, self.inputs[0].dtype),
-                "`weight`": shared,
-                "presence of `linear_bias`": self.bias is not None,
-                "options of the loss": options,
-                "tensors that require grad and wanted statistics": terms,
-            },
+            Terms(
+                input=(tuple(self.labels.shape), sizes, self.inputs[0].dtype),
+                weight=shared,
+                linear_bias=self.bias is not None,
+                options=(*options, self.complete_hidden),
+                wanted=terms,
+            ),
+            self.complete_hidden,
         )
         vocab_size = shard.total(self.weights[0].shape[0])
         if shared not in (None, (vocab_size,)):
@@ -312,7 +331,8 @@ def row_grads(*arguments: Any) -> list[Tensor]:
     """Gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
     head, rest = _Head.split(arguments)
     needs = Needs(*rest[10:])
-    engine, shard = head.engine(), head.shard(*needs, rest[8] is None, rest[9] is None)
+    shard = head.shard(*needs, rest[8] is None, rest[9] is None)
+    engine = head.engine()
     rows = head.kept_rows(shard)
     if _no_row(rows, head):
         return head.grads(torch.zeros, needs, widen=False)

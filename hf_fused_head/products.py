@@ -166,7 +166,7 @@ class Gradients:
                 weight = products.piece("weights", index, columns)
                 multiply(tile, weight, total.slot(rows), beta=float(columns.start > 0))
                 if columns.stop == self.last_column:
-                    self.waits.append(self.shard.start_sum(total.slot(rows)))
+                    self.waits.append(self.shard.start_hidden_sum(total.slot(rows)))
         for index, total in enumerate(self.weight):
             if total is not None:
                 hidden = products.piece("inputs", index, rows)

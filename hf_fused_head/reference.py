@@ -144,7 +144,7 @@ def _products(operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool
     dtype = dlogits.dtype
     inputs, weights, bias = operands.inputs, operands.weights, operands.bias
     dinputs = [
-        operands.shard.sum(dlogits @ weight.to(dtype)) if need else dlogits.new_empty(0)
+        operands.shard.sum_hidden(dlogits @ weight.to(dtype)) if need else dlogits.new_empty(0)
         for weight, need in zip(weights, needs.inputs, strict=True)
     ]
     dweights = [

@@ -20,7 +20,6 @@ from .logits_source import LogitsSource
 from .registry import Facts
 from .settings import LossSettings
 from .state import LastForward, PatchState, call_key
-from .tensor_parallel import whole_hidden
 from .trace import HeadTrace, observed_facts, same_facts
 
 
@@ -115,7 +114,7 @@ class Call:
                 f"the head must be called with the hidden states alone, got {len(args)} arguments "
                 f"and keywords {sorted(kwargs)}: leave this model stock (remove_patch)"
             )
-        hidden = whole_hidden(args[0])
+        hidden = args[0]
         target = self._target(hidden)
         verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
         result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)

@@ -24,7 +24,7 @@ from .chunked import check_rows, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
 from .settings import LossSettings
-from .tensor_parallel import head_rows, is_spread
+from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
 
 LINEAR = "linear"
 CONV1D = "conv1d"
@@ -49,6 +49,7 @@ class LinearOperands(NamedTuple):
     bias: Tensor | None
     vocab_size: int
     group: Any = None  # of the ranks that share the rows
+    complete_hidden: bool = True  # whether those sum the gradient of the hidden states
 
 
 def kind_of(cls: type) -> str:
@@ -103,7 +104,7 @@ def head_loss(
         kind: What `kind_of` says of the head's class.
         head: The head, called from inside its forward.
         stock_forward: The forward of its class as it was before the swap.
-        hidden: [..., hidden].
+        hidden: [..., hidden]; of a sharded model maybe a DTensor.
         target: [...], int64, shifted, on the device of `hidden`.
         settings: What the loss is and how it may be computed.
         verify_rows: Try out that a module that is not taken apart treats every token by itself.
@@ -114,6 +115,7 @@ def head_loss(
     """
     operands = _operands(kind, head, hidden)
     if operands is None:
+        hidden = _uncut(hidden, head)
         forward = functools.partial(stock_forward, head)
         if verify_rows and not torch.compiler.is_compiling():
             check_rows(head, forward, hidden)
@@ -132,6 +134,7 @@ def head_loss(
         impl=settings.impl,
         memory_budget_mib=settings.memory_budget_mib,
         process_group=operands.group,
+        complete_hidden=operands.complete_hidden,
         stats=settings.stats,
     )
     if torch.compiler.is_compiling():
@@ -142,10 +145,21 @@ def head_loss(
     return HeadLoss(stats, operands.vocab_size, dtype, kind, ranks)
 
 
+def _uncut(hidden: Any, head: nn.Module) -> Tensor:
+    """Hidden states for a head whose own forward runs on a few tokens at a time."""
+    if is_cut(hidden):
+        raise UnsupportedModelError(
+            f"the hidden states of a {type(head).__name__} head that is not taken apart must be "
+            f"whole on every rank, got a DTensor with {tuple(hidden.placements)}: gather them "
+            "before the head, as a plain tensor, or leave the model stock (remove_patch)"
+        )
+    return whole_hidden(hidden)
+
+
 def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
     """The head as products, or None where only its own forward can tell."""
     if kind == LORA:
-        return _lora_operands(head, hidden)
+        return _lora_operands(head, whole_hidden(hidden))
     if kind in (LINEAR, CONV1D):
         return _linear_operands(kind, head, hidden)
     return None
@@ -154,20 +168,21 @@ def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
 def _linear_operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
     weight, bias = head.weight, head.bias
     if is_spread(weight):
-        rows = head_rows(weight, bias)
+        rows = head_rows(hidden, weight, bias)
         if kind == CONV1D:
             raise UnsupportedModelError(
                 "a Conv1D head must not be spread over ranks: leave it out of the plan or the "
                 "model stock (remove_patch)"
             )
-        return LinearOperands([(hidden, rows.weight)], rows.bias, weight.shape[0], rows.group)
+        pairs = [(rows.hidden, rows.weight)]
+        return LinearOperands(pairs, rows.bias, weight.shape[0], rows.group, rows.complete_hidden)
     # A quantised weight is a tensor subclass or no float: only the layer knows how to use it.
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return None
     if weight.dim() != 2:
         return None
     rows = weight.t() if kind == CONV1D else weight
-    return LinearOperands([(hidden, rows)], bias, rows.shape[0])
+    return LinearOperands([(whole_hidden(hidden), rows)], bias, rows.shape[0])
 
 
 def _lora_operands(head: Any, hidden: Tensor) -> LinearOperands | None:

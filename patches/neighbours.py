@@ -110,7 +110,7 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
     forward = module.__dict__.get("forward")
     if forward is None or isinstance(forward, ComposedForward) or has_device_hook(module):
         return None
-    if is_bound_forward(module, forward) or gathers_logits(forward):
+    if is_bound_forward(module, forward) or gathers_logits(forward, module):
         return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .errors import UnsupportedModelError
@@ -20,8 +21,10 @@ _REMEDY = "or leave lm_head out of the plan or the model stock (remove_patch)"
 
 
 class HeadRows(NamedTuple):
-    """This rank's part of a head, with gradients that stay with it."""
+    """This rank's part of a head, with gradients that stay with it, and what it is given."""
 
+    hidden: Tensor  # [..., hidden], all of them
+    complete_hidden: bool  # whether their gradient has to be the sum over the ranks
     weight: Tensor  # [rows, hidden]
     bias: Tensor | None  # [rows]
     group: Any
@@ -37,8 +40,17 @@ def layout_of(tensor: Any) -> tuple[Any, ...]:
     return (tensor.device_mesh, tuple(tensor.placements)) if is_spread(tensor) else ()
 
 
-def head_rows(weight: Any, bias: Any) -> HeadRows:
+def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
     """The rows of a head that are here.
+
+    Hidden states that were gathered for the head alone, out of a sequence that is cut over the same
+    ranks, take each rank's part of their gradient: the way back of the gathering sums and scatters
+    the parts, in one collective and in their dtype. Other ones take the sum.
+
+    Args:
+        hidden: [..., hidden], a plain tensor or a DTensor, cut or not.
+        weight: [vocab, hidden].
+        bias: [vocab], or None.
 
     Raises:
         UnsupportedModelError: If it is not cut into rows over one dimension of ranks.
@@ -51,18 +63,46 @@ def head_rows(weight: Any, bias: Any) -> HeadRows:
                 f"or tp_plan='colwise_gather_output', {_REMEDY}"
             )
     group = weight.device_mesh.get_group()
-    return HeadRows(weight.to_local(), None if bias is None else bias.to_local(), group)
+    hidden = _gathered(hidden)
+    scattered = is_spread(hidden) and _was_cut(hidden, weight.device_mesh)
+    local = _with_partial_gradient(hidden) if scattered else whole_hidden(hidden)
+    return HeadRows(
+        local, not scattered, weight.to_local(), None if bias is None else bias.to_local(), group
+    )
 
 
 def whole_hidden(hidden: Any) -> Tensor:
     """All hidden states, as a plain tensor; their gradient is the same on every rank."""
-    if not is_spread(hidden):
+    hidden = _gathered(hidden)
+    return hidden.to_local() if is_spread(hidden) else hidden
+
+
+def is_cut(tensor: Any) -> bool:
+    """Whether no rank has all of a tensor."""
+    return is_spread(tensor) and not all(place.is_replicate() for place in tensor.placements)
+
+
+def _gathered(hidden: Any) -> Any:
+    if not is_cut(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
 
-    if not all(place.is_replicate() for place in hidden.placements):
-        hidden = hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
-    return hidden.to_local()
+    return hidden.redistribute(placements=[Replicate()] * len(hidden.placements))
+
+
+def _with_partial_gradient(hidden: Any) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    return hidden.to_local(grad_placements=[Partial()])
+
+
+def _was_cut(hidden: Any, mesh: Any) -> bool:
+    """Whether these hidden states come right out of a gathering over the ranks of `mesh`."""
+    if torch.compiler.is_compiling() or hidden.device_mesh != mesh:
+        return False
+    # What `redistribute` keeps for its backward. Without it the sum is made, which is right too.
+    before = getattr(hidden.grad_fn, "current_spec", None)
+    return before is not None and any(place.is_shard() for place in before.placements)
 
 
 def whole_logits(logits: Any) -> Tensor:
@@ -70,13 +110,19 @@ def whole_logits(logits: Any) -> Tensor:
     return logits.full_tensor() if is_spread(logits) else logits
 
 
-def gathers_logits(forward: Any) -> bool:
-    """Whether a forward on the head is transformers', with hidden states and logits whole."""
+def gathers_logits(forward: Any, head: Any) -> bool:
+    """Whether a forward on the head is transformers', with hidden states and logits whole.
+
+    On a deep copy of a head it still runs the original, and counts as somebody else's.
+    """
     code = getattr(forward, "__code__", None)
     if code is None or forward.__globals__.get("__name__") != _TRANSFORMERS:
         return False
-    style: Any = inspect.getclosurevars(forward).nonlocals.get("self")
+    closure = inspect.getclosurevars(forward).nonlocals
+    style: Any = closure.get("self")
     if type(style).__name__ != "ColwiseParallel" or not style.use_local_output:
+        return False
+    if closure.get("module") is not head:
         return False
     return style.input_layouts.is_replicate() and style.output_layouts.is_replicate()
 

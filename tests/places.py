@@ -12,7 +12,6 @@ import pytest
 import torch
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "shared": "gloo"}
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 # Parameters of a test that runs a worker: everywhere, or where every process has a device.
 ON_TWO_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)]
@@ -21,13 +20,12 @@ EVERYWHERE = [*ON_TWO_DEVICES, pytest.param("shared", marks=pytest.mark.gpu)]
 
 def environment(place: str) -> dict[str, str]:
     """What a worker is started with; Triton's interpreter runs where there is no GPU."""
-    on_cpu = place == "cpu"
-    return {
-        "TEST_PLACE": place,
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1" if on_cpu else "0",
-        **(_NO_GPU if on_cpu else {}),
-    }
+    settings = {"TEST_PLACE": place, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    if place == "cpu":
+        settings |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
+    elif place == "shared":
+        settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return settings
 
 
 def settle(rank: int) -> str:

@@ -4,82 +4,37 @@ from __future__ import annotations
 
 import copy
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tensor_parallel_mixes
 import torch
 import torch.distributed as dist
-from causal_loss import in_float64
-from oracle import assert_close_as_torch
 from ranks import refused, run_cases
+from tensor_parallel_models import (
+    assert_as_one_process,
+    assert_vocabulary_parallel,
+    gathered,
+    loaded,
+    mesh,
+    whole,
+)
 from tiny_models import VOCAB_SIZE, batch, build
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers.distributed import DistributedConfig
 
 from hf_fused_head import UnsupportedModelError, apply_patch, last_stats, patch_report, remove_patch
 
-CASES: dict[str, Callable[[], None]] = {}
+CASES: dict[str, Callable[[], None]] = dict(tensor_parallel_mixes.CASES)
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
     """Names a case after its function."""
     CASES[function.__name__] = function
     return function
-
-
-def mesh() -> DeviceMesh:
-    """All ranks in a row."""
-    return init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
-
-
-def gathered(**options: Any) -> ColwiseParallel:
-    """The plan of a head whose logits are whole."""
-    return ColwiseParallel(output_layouts=Replicate(), **options)
-
-
-def loaded(family: str, **settings: Any) -> tuple[Any, Any]:
-    """A stock model, and the same one as transformers spreads it over the ranks."""
-    stock = build(family, tie_word_embeddings=False, num_key_value_heads=2, **settings)
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        stock.save_pretrained(folder[0])
-    dist.barrier()
-    config = DistributedConfig(tp_plan="auto")
-    return stock, type(stock).from_pretrained(folder[0], distributed_config=config)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_as_one_process(model: Any, stock: Any, **options: Any) -> None:
-    """Loss and every gradient of a patched model are those of stock in one process."""
-    inputs = batch(stock)
-    truth = in_float64(stock)
-    stock.zero_grad()
-    expected = stock(**inputs, **options).loss
-    expected.backward()
-    true = truth(**inputs, **options).loss
-    true.backward()
-    loss = model(**inputs, **options).loss
-    loss.backward()
-    assert_close_as_torch("loss", loss, expected, true)
-    grads = dict(stock.named_parameters()), dict(truth.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert_close_as_torch(name, whole(parameter.grad), grads[0][name].grad, grads[1][name].grad)
-
-
-def assert_vocabulary_parallel(model: Any) -> None:
-    """The report names the sharding, and no rank held the whole head."""
-    report, ranks = patch_report(model), dist.get_world_size()
-    if not report.fused or f"vocabulary parallel on {ranks} ranks" not in str(report):
-        raise AssertionError(str(report))
 
 
 def parallelized(order: str, plan: Any) -> None:
@@ -234,4 +189,6 @@ def a_label_out_of_range_is_an_error_on_every_rank() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_cases(CASES, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    chosen = sys.argv[4:] or list(CASES)
+    every = {**CASES, **tensor_parallel_mixes.SLOW}
+    run_cases(every, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), chosen)

@@ -115,7 +115,7 @@ def head_arguments(needs_grad: bool) -> tuple:
     tensors = Problem().tensors(torch.float32)
     hidden = tensors["hidden"].view(-1, 8).requires_grad_(needs_grad)
     head = [hidden], [tensors["weight"]], tensors["bias"], None, tensors["target"]
-    return *head, -100, 0.5, 3.0, "torch", 2**20, ""
+    return *head, -100, 0.5, 3.0, "torch", 2**20, "", True
 
 
 def test_the_operators_keep_their_contracts() -> None:

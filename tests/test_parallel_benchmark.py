@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import EVERYWHERE
 from test_cli import keys, run
 from two_processes import run_in_two
 
@@ -26,11 +27,12 @@ def alone(file: Path, *arguments: str) -> tuple[dict, dict]:
     return read(file)
 
 
-def in_two(file: Path, *arguments: str) -> tuple[dict, dict]:
+def in_two(file: Path, *arguments: str, place: str = "cpu") -> tuple[dict, dict]:
     """Header and rows by name of a run on two processes, whose output warns of its times."""
-    done = run_in_two(*MODULE, *arguments, "--json", str(file))
+    done = run_in_two(*MODULE, *arguments, "--json", str(file), place=place)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("times are NOT meaningful") == 1, "one rank prints"
+    assert done.stdout.count("2 ranks over") == 1, "one rank prints"
+    assert ("times are NOT meaningful" in done.stdout) == (place != "cuda")
     return read(file)
 
 
@@ -42,14 +44,18 @@ def read(file: Path) -> tuple[dict, dict]:
     return content["header"], {row["contender"]: row for row in content["results"]}
 
 
-def test_a_head_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", EVERYWHERE)
+def test_a_head_on_two_ranks(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It equals the whole head, its bytes are counted, and times on one device give no verdict."""
-    file = tmp_path / "head.json"
-    header, rows = in_two(file, "head", "smoke", "--repeats", "2", "--warmup", "0")
+    file, shared = tmp_path / "head.json", place != "cuda"
+    header, rows = in_two(file, "head", "smoke", "--repeats", "2", "--warmup", "0", place=place)
     assert header["kind"] == "sharded head"
     assert {"date", "commit", "device", "versions", "protocol"} < set(header)
     assert len(header["ranks"].pop("devices")) == 2
-    assert header["ranks"] == {"world_size": 2, "backend": "gloo", "shared_device": True}
+    backend = "gloo" if shared else "nccl"
+    assert header["ranks"] == {"world_size": 2, "backend": backend, "shared_device": shared}
     assert list(rows) == ["alone", "sharded"]
     sharded = rows["sharded"]
     assert sharded["ranks"] == 2 and sharded["rows"] == rows["alone"]["rows"] == 516
@@ -60,7 +66,7 @@ def test_a_head_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert 0 < once < 100
     assert sharded["backward_sent_bytes"] == 4 * SMOKE.num_tokens * SMOKE.hidden_size
     assert all(row["time_ms"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
-    assert sharded["efficiency"] is None
+    assert (sharded["efficiency"] is None) == shared
     for form in ("table", "markdown", "matrix"):
         assert run("bench", "--from-json", file, "--format", form) == 0
         assert "sharded" in capsys.readouterr().out

@@ -17,6 +17,12 @@ def test_two_processes_are_one(place: str, tmp_path: Path) -> None:
     assert_passed(run_ranks(WORKER, 2, tmp_path, place=place))
 
 
+def test_four_processes_agree(tmp_path: Path) -> None:
+    cases = ("reference-plain", "torch-per_token", "torch-boundary_labels")
+    error = "an_error_on_one_rank_is_an_error_on_every_rank"
+    assert_passed(run_ranks(WORKER, 4, tmp_path, *cases, error))
+
+
 @pytest.mark.slow
 def test_four_processes_are_one(tmp_path: Path) -> None:
     assert_passed(run_ranks(WORKER, 4, tmp_path))

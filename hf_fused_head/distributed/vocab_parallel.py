@@ -5,12 +5,13 @@ of the other ranks is two numbers: the logit of its label, which one rank has an
 to, and the sum of its exponents around that logit. No maximum is exchanged. Collectives of one
 loss, with the bytes that a rank sends a token:
 
-    agree     all-gather of a few integers, once, whatever the number of tokens
+    agree     all-gather of a few integers, once, whatever the number of tokens; a rank that cannot
+              go on takes part in it too (`report_failure`), so that no other waits for it
     forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
               smoothing, entropy and accuracy one collective more, 4 for each (the Triton engine
               4 more with entropy or accuracy); 4 to 12 where a loss is beyond what exponents hold
-    backward  sum of the hidden states' partial gradients, float32, 4 a column; weight and bias
-              are local
+    backward  sum of the hidden states' partial gradients, float32, 4 a column, unless whoever
+              gathered them scatters their gradient himself; weight and bias are local
 
 With chunks of tokens these come chunk by chunk. The reference engine gathers the logits instead.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,16 +44,24 @@ class VocabShard:
         group: The ranks that share the head; None for a head on one rank.
         rank: This rank's place in the group, which is the place of its rows.
         sizes: Rows of every rank; () for a head on one rank.
+        complete_hidden: The hidden states' gradient is summed here. Otherwise every rank's stays
+            its part, for a caller who sums and scatters in one collective.
     """
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
     sizes: tuple[int, ...] = ()
+    complete_hidden: bool = True
 
     @property
     def first(self) -> int:
         """The class of this rank's first row."""
         return sum(self.sizes[: self.rank])
+
+    @property
+    def sums_hidden(self) -> bool:
+        """Whether the gradient of the hidden states is summed over ranks here."""
+        return self.group is not None and self.complete_hidden
 
     def total(self, rows: int) -> int:
         """The size of the vocabulary, of which `rows` are here."""
@@ -97,6 +106,15 @@ class VocabShard:
             return _nothing
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return _nothing if work is None else work.wait
+
+    def start_hidden_sum(self, tensor: Tensor) -> Callable[[], Any]:
+        """As `start_sum`, of a gradient of hidden states: nothing where the caller sums it."""
+        return self.start_sum(tensor) if self.complete_hidden else _nothing
+
+    def sum_hidden(self, tensor: Tensor) -> Tensor:
+        """As `sum`, of a gradient of hidden states: as it is where the caller sums it."""
+        self.start_hidden_sum(tensor)()
+        return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """The maximum over the ranks, in the memory of `tensor`."""
@@ -168,7 +186,30 @@ def group_name(process_group: dist.ProcessGroup | None) -> str:
     return process_group.group_name
 
 
-def agree(name: str, rows: int, labels: Tensor, terms: dict[str, Any]) -> VocabShard:
+class Terms(NamedTuple):
+    """What has to be the same on every rank, beside the labels."""
+
+    input: Any
+    weight: Any
+    linear_bias: Any
+    options: Any
+    wanted: Any
+
+
+_NAMES = Terms(
+    "`input`",
+    "`weight`",
+    "presence of `linear_bias`",
+    "options of the loss",
+    "tensors that require grad and wanted statistics",
+)
+# In the place of rows, codes and labels.
+_FAILED = -1
+
+
+def agree(
+    name: str, rows: int, labels: Tensor, terms: Terms, complete_hidden: bool = True
+) -> VocabShard:
     """This rank's shard, once all ranks have told their rows and that they mean the same loss.
 
     Every rank raises what one of them has to raise, so none is left waiting.
@@ -177,43 +218,81 @@ def agree(name: str, rows: int, labels: Tensor, terms: dict[str, Any]) -> VocabS
         name: Of the process group; "" for a head on one rank.
         rows: Of the head on this rank.
         labels: [...], int64.
-        terms: What else has to be the same on every rank, by the names that a message uses.
+        terms: What else has to be the same on every rank.
+        complete_hidden: The attribute of the shard.
 
     Raises:
         ValueError: If a rank has no rows.
-        RuntimeError: If the ranks do not mean the same.
+        RuntimeError: If the ranks do not mean the same, or one of them has reported a failure.
+        NotImplementedError: If a CUDA graph is being captured.
     """
-    if not name:
+    shard = _equal_shards(name, rows)
+    if shard.group is None:
         return WHOLE
-    # The way back from a name, which torch's own functional collectives take too.
-    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
-    group = resolve(name)
-    size = dist.get_world_size(group)
-    if size == 1:
-        return WHOLE
-    shard = VocabShard(group, dist.get_rank(group), (rows,) * size)
-    codes = [zlib.crc32(repr(term).encode()) for term in terms.values()]
+    if _capturing():
+        raise NotImplementedError(
+            "`process_group` must be None while a CUDA graph is captured, got a group of "
+            f"{len(shard.sizes)} ranks: they have to learn on the host that they mean the same "
+            "loss; keep the loss outside of the graph, or the whole head on every rank"
+        )
+    codes = [zlib.crc32(repr(term).encode()) for term in terms]
     flat = labels.reshape(-1)
     places = torch.arange(1, flat.shape[0] + 1, device=flat.device)
     mine = torch.tensor([rows, *codes, 0], device=flat.device)
     mine[-1] = (flat * places).sum()
     told = shard._gather(mine).tolist()
     sizes = tuple(row[0] for row in told)
+    if _FAILED in sizes:
+        raise RuntimeError(
+            "the arguments must be valid on every rank of `process_group`, got an error on rank "
+            f"{sizes.index(_FAILED)}: its message, there, says what is wrong"
+        )
     if 0 in sizes:
         raise ValueError(
             f"`linear_weight` must have at least one row on every rank of `process_group`, got "
             f"none on rank {sizes.index(0)}: use fewer ranks for a vocabulary of {sum(sizes)}"
         )
-    for index, term in enumerate([*terms, "`target`"], start=1):
-        column = [row[index] for row in told]
+    got = [*(f"{term!r} here and another" for term in terms), "another"]
+    for index, what in enumerate((*_NAMES, "`target`")):
+        column = [row[1 + index] for row in told]
         others = [rank for rank, code in enumerate(column) if code != column[shard.rank]]
         if others:
-            value = f"{terms[term]!r} here and another" if term in terms else "another"
             raise RuntimeError(
-                f"{term} must be the same on every rank of `process_group`, got {value} on rank "
-                f"{others[0]}: the ranks share one batch, and only the rows of the head differ"
+                f"{what} must be the same on every rank of `process_group`, got {got[index]} on "
+                f"rank {others[0]}: the ranks share one batch, and only the rows of the head differ"
             )
-    return VocabShard(group, shard.rank, sizes)
+    return VocabShard(shard.group, shard.rank, sizes, complete_hidden)
+
+
+def report_failure(name: str, device: torch.device) -> None:
+    """This rank's part in `agree` where it has an error to raise instead: the others raise too.
+
+    Args:
+        name: Of the process group; "" for a head on one rank.
+        device: Where the other ranks have their labels.
+    """
+    # A compiler that meets the error traces; only a run has others who wait.
+    if not name or torch.compiler.is_compiling() or _capturing():
+        return
+    shard = _equal_shards(name, 0)
+    if shard.group is not None:
+        # As much as `agree` tells: rows, codes, labels.
+        shard._gather(torch.full((len(_NAMES) + 2,), _FAILED, device=device))
+
+
+def _equal_shards(name: str, rows: int) -> VocabShard:
+    """This rank's place in the group, as if all had as many rows; `WHOLE` on one rank."""
+    if not name:
+        return WHOLE
+    # The way back from a name, which torch's own functional collectives take too.
+    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
+    group = resolve(name)
+    size = dist.get_world_size(group)
+    return WHOLE if size == 1 else VocabShard(group, dist.get_rank(group), (rows,) * size)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _nothing() -> None:

@@ -235,7 +235,7 @@ def chunk_gradients(
             _gamma(part, part_weights.smooth),
         )
         part_results = totals.rows(rows)
-        if call.shard.group is None:
+        if not call.shard.sums_hidden:
             # The rows of dX are written last: until then they hold the scaled hidden states.
             scratch = part_results.hidden
             stored_gradients(*made, part_results, scratch, accumulate=rows.start > 0)
@@ -246,7 +246,7 @@ def chunk_gradients(
             hidden=[_accumulator(t, True) for t in part_results.hidden]
         )
         stored_gradients(*made, part_totals.only_hidden(), scratch, accumulate=False)
-        waits = [call.shard.start_sum(t) for t in part_totals.hidden if t is not None]
+        waits = [call.shard.start_hidden_sum(t) for t in part_totals.hidden if t is not None]
         rest = part_totals.without_hidden()
         stored_gradients(*made, rest, scratch, accumulate=rows.start > 0)
         for wait in waits:
@@ -330,7 +330,7 @@ def recomputed_gradients(
     half = call.head.hidden.dtype == torch.float16
     accumulate = totals is not None
     if totals is None:
-        several = half or len(windows) > 1 or call.shard.group is not None
+        several = half or len(windows) > 1 or call.shard.sums_hidden
         totals = results._replace(hidden=[_accumulator(t, several) for t in results.hidden])
     unscale = None
     if half:
@@ -355,7 +355,7 @@ def recomputed_gradients(
         accumulate = True
     for total in totals.hidden:
         if total is not None:
-            call.shard.sum(total)
+            call.shard.sum_hidden(total)
     _copy(totals.hidden, results.hidden, unscale)
 
 
