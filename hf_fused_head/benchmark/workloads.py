@@ -125,8 +125,10 @@ def zipf_labels(
 ) -> Tensor:
     """Token ids by Zipf's law: [T] int64."""
     # Byte-pair vocabularies are roughly in order of frequency: the rank serves as the id.
-    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float32, device=device)
+    # Summed on the CPU: a GPU sums in another order every time, and ranks need the same labels.
+    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float64)
     cumulative = (1 / (ranks + 2.7)).cumsum(0)
+    cumulative = (cumulative / cumulative[-1]).float().to(device)
     draws = torch.rand(num_tokens, generator=generator, device=device)
-    labels = torch.searchsorted(cumulative, draws * cumulative[-1])
+    labels = torch.searchsorted(cumulative, draws)
     return labels.clamp_(max=vocab_size - 1)
