@@ -54,7 +54,7 @@ class Settings:
         return {
             "repeats": self.repeats,
             "warmup": self.warmup,
-            "order": "one process, contenders in turn, every repeat",
+            "order": "one process, contenders in turn, every other repeat backwards",
             "clock": "CUDA events, second of two steps in a row" if on_gpu else "wall clock",
             "time": "median; min and max beside it",
             "memory": "peak of torch's allocator beyond inputs, outputs and gradients included",
@@ -326,10 +326,14 @@ def _judge_one(
 def _time(
     lanes: list[_Lane], settings: Settings, device: torch.device, on_step: Callable[[], None]
 ) -> None:
-    """Times the contenders in turn, so that a slow minute of the machine meets all of them."""
+    """Times the contenders in turn, so that a slow minute of the machine meets all of them.
+
+    Every other turn goes backwards: a GPU that comes from a contender's elementwise work is cooler,
+    and faster, than one that comes from products.
+    """
     samples: dict[str, list[float]] = {lane.record.contender: [] for lane in lanes}
     for repeat in range(-settings.warmup, settings.repeats):
-        for lane in lanes:
+        for lane in lanes[:: -1 if repeat % 2 else 1]:
             if lane.step is not None:
                 with Guard(lane):
                     elapsed = measure.time_ms(lane.step, device)
