@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.kernels import passes
+from hf_fused_head.kernels.call import Call
+from hf_fused_head.kernels.factors import rounding_of_lse, row_gradient
 from hf_fused_head.kernels.operands import (
     Abandoned,
     Attempt,
@@ -101,7 +103,7 @@ def forward(
             anchor = passes.statistics(call, None, outputs, None)
         except Abandoned:
             return None
-    return _row_stats(outputs, passes.rounding_of_lse(outputs, anchor))
+    return _row_stats(outputs, rounding_of_lse(outputs, anchor))
 
 
 def forward_backward(
@@ -163,9 +165,7 @@ def backward(
     rows = (stats.nll, stats.lse, stats.entropy, stats.correction)
     optional = [_contiguous(g) for g in (g_smooth, g_entropy)]
     with _on_device(labels.device):
-        gradient = passes.row_gradient(
-            call, *rows, g_nll.contiguous(), g_lse.contiguous(), *optional
-        )
+        gradient = row_gradient(call, *rows, g_nll.contiguous(), g_lse.contiguous(), *optional)
         passes.recomputed_gradients(call, gradient, 0, schedule.vocab_window, None, results)
     return grads
 
@@ -213,7 +213,7 @@ def multiply_(values: Tensor, factor: Tensor) -> Tensor:
     return values
 
 
-def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) -> passes.Call:
+def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) -> Call:
     if len(operands.inputs) > 2:
         raise NotImplementedError(
             f"`operands` must hold at most two pairs for impl='triton', got "
@@ -233,7 +233,7 @@ def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) ->
     )
     config = tile_config(labels.device, hidden.dtype)
     allow_tf32 = labels.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
-    return passes.Call(
+    return Call(
         head,
         labels.contiguous(),
         config,
@@ -251,7 +251,7 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _plan(
-    call: passes.Call, needs: Needs, budget_bytes: int, per_token: bool, smoothing: bool
+    call: Call, needs: Needs, budget_bytes: int, per_token: bool, smoothing: bool
 ) -> Schedule:
     sizes = [hidden.shape[1] for hidden, _ in call.head.pairs()]
     return plan(
@@ -271,7 +271,7 @@ def _plan(
     )
 
 
-def _named(call: passes.Call, grads: list[Tensor], needs: Needs) -> Totals:
+def _named(call: Call, grads: list[Tensor], needs: Needs) -> Totals:
     """The gradients by name; None where nobody wants one."""
     wanted = [*needs.inputs, *needs.weights, needs.bias]
     kept = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]

@@ -10,6 +10,7 @@ A tile of the logits is `[BLOCK_T, BLOCK_V]`. Every kernel that makes logits mak
 registers, reduces it there, and writes either nothing, or the exponents, or the gradient of the
 logits: never the logits themselves.
 
+    call.py        the tensors of one call, and memory for what is made from them
     operands.py    what the kernels read and write, by name
     product.py     how a tile of logits is accumulated: raster, products, bias, scale, softcap
     epilogue.py    what happens to it in registers: row sums, exponents, gradient
@@ -19,6 +20,7 @@ logits: never the logits themselves.
     statistics.py  sums of tiles to statistics of rows
     overflow.py    rows whose exponents overflowed, made again around their maximum
     merging.py     sums of the tiles of all ranks, for a head that is cut along the vocabulary
+    factors.py     what a row of the logits' gradient is made of
     gradients.py   stored tiles to gradients, by cuBLAS
     passes.py      the passes of one call, in the order that a schedule asks for
     tuning.py      which tile a card and a dtype get

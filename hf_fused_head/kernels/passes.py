@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
+from hf_fused_head.kernels.call import Call
+from hf_fused_head.kernels.factors import gamma_of, in_half_range, rounding_of_lse, row_gradient
 from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.merging import merged_sums
 from hf_fused_head.kernels.operands import (
     Abandoned,
-    Attempt,
-    Head,
     RowGradient,
     RowOutputs,
     RowSums,
@@ -24,70 +21,12 @@ from hf_fused_head.kernels.operands import (
 from hf_fused_head.kernels.overflow import launch_overflow
 from hf_fused_head.kernels.rows import launch_anchor
 from hf_fused_head.kernels.statistics import OVERFLOW, launch_finish
-from hf_fused_head.kernels.tuning import TileConfig, cdiv
+from hf_fused_head.kernels.tuning import cdiv
 
 # Chunks and windows are whole multiples of this: row tiles stay whole, row strides aligned.
 MULTIPLE = 256
 # Rows whose statistics are made at once, at most: enough to fill any card.
 _STATISTICS_ROWS = 8192
-# float16 gradients of logits are stored with their largest row factor at this power of two.
-_HALF_PEAK = 2.0**14
-
-
-class Call(NamedTuple):
-    """The tensors of one call and how its kernels are tiled."""
-
-    head: Head
-    labels: Tensor  # [T] int64; negative where none counts
-    config: TileConfig
-    allow_tf32: bool  # for float32 products
-    sums_bytes: int  # the most memory that the row sums of a pass may take
-    attempt: Attempt | None = None  # until the host knows which labels count
-    shard: VocabShard = WHOLE
-    class_weight: Tensor | None = None  # of the whole vocabulary
-
-    @property
-    def num_tokens(self) -> int:
-        return self.labels.shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head that are here."""
-        return self.head.weight.shape[0]
-
-    @property
-    def vocab_total(self) -> int:
-        """Rows of the head on all ranks."""
-        return self.shard.total(self.vocab_size)
-
-    def rows(self, rows: slice) -> Call:
-        return self._replace(head=self.head.rows(rows), labels=self.labels[rows])
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.labels.device)
-
-    def tile(self, num_rows: int, num_columns: int) -> Tensor:
-        """Memory for a tile, [num_rows, num_columns] of the operands' dtype, with aligned rows."""
-        stride = -(-num_columns // 64) * 64
-        return self.empty(num_rows, stride, dtype=self.head.hidden.dtype)[:, :num_columns]
-
-    def outputs(self, smooth: bool, entropy: bool, correct: bool, factor: bool) -> RowOutputs:
-        rows = self.num_tokens
-        return RowOutputs(
-            nll=self.empty(rows),
-            lse=self.empty(rows),
-            smooth=self.empty(rows) if smooth else None,
-            entropy=self.empty(rows) if entropy else None,
-            correct=self.empty(rows, dtype=torch.bool) if correct else None,
-            factor=self.empty(rows) if factor else None,
-            overflowed=self.empty(rows, dtype=torch.int32),
-        )
-
-    def class_total(self) -> Tensor:
-        """Sum of the class weights, or V: [1] float32."""
-        if self.class_weight is not None:
-            return self.class_weight.sum(dtype=torch.float32).reshape(1)
-        return torch.full((1,), float(self.vocab_total), device=self.labels.device)
 
 
 def statistics(
@@ -232,7 +171,7 @@ def chunk_gradients(
             part.head,
             store[: part.num_tokens + extra],
             _factor(part_outputs),
-            _gamma(part, part_weights.smooth),
+            gamma_of(part, part_weights.smooth),
         )
         part_results = totals.rows(rows)
         if not call.shard.sums_hidden:
@@ -289,7 +228,7 @@ def kept_gradients(
             call.head.window(part),
             store,
             _factor(outputs),
-            _gamma(call, weights.smooth),
+            gamma_of(call, weights.smooth),
             totals.window(part),
             results.hidden,
             accumulate=False,
@@ -334,7 +273,7 @@ def recomputed_gradients(
         totals = results._replace(hidden=[_accumulator(t, several) for t in results.hidden])
     unscale = None
     if half:
-        gradient, unscale = _in_half_range(call, gradient)
+        gradient, unscale = in_half_range(call, gradient)
     store = call.tile(call.num_tokens, min(window, columns))
     for part in windows:
         tile = store[:, : part.stop - part.start]
@@ -357,82 +296,6 @@ def recomputed_gradients(
         if total is not None:
             call.shard.sum_hidden(total)
     _copy(totals.hidden, results.hidden, unscale)
-
-
-def _in_half_range(call: Call, gradient: RowGradient) -> tuple[RowGradient, Tensor]:
-    """Row factors whose gradients fit float16's range, and the scalar that undoes it."""
-    terms = [gradient.alpha.abs(), gradient.target.abs()]
-    if gradient.gamma is not None:
-        largest = 1.0 if call.class_weight is None else call.class_weight.max()
-        terms.append(gradient.gamma.abs() * largest)
-    if gradient.eta is not None and gradient.entropy is not None:
-        # p log p lies in [-1/e, 0], and p times the entropy below the entropy.
-        terms.append(gradient.eta.abs() * (gradient.entropy + 1.0))
-    largest = torch.stack(terms).max() * abs(call.head.logit_scale)
-    scale = _HALF_PEAK / largest.clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = {
-        name: value * scale
-        for name in ("alpha", "target", "gamma", "eta")
-        if (value := getattr(gradient, name)) is not None
-    }
-    return gradient._replace(**scaled), 1.0 / scale
-
-
-def row_gradient(
-    call: Call,
-    nll: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    correction: Tensor | None,
-    g_nll: Tensor,
-    g_lse: Tensor,
-    g_smooth: Tensor | None,
-    g_entropy: Tensor | None,
-) -> RowGradient:
-    """Row factors of the logits' gradient from the upstream gradients of the row objective.
-
-    Args:
-        call: All rows.
-        nll: Minus the log-probability of the labels.
-        lse: Log-sum-exp of the logits.
-        entropy: Needed with `g_entropy`.
-        correction: What `rounding_of_lse` returns.
-        g_nll: Upstream gradient of nll.
-        g_lse: Upstream gradient of lse.
-        g_smooth: Upstream gradient of the smoothing term.
-        g_entropy: Upstream gradient of the entropy.
-    """
-    alpha, eta, gamma = g_nll + g_lse, g_entropy, None
-    if g_smooth is not None:
-        gamma = g_smooth / call.vocab_total
-        alpha = alpha + gamma * call.class_total()
-    # alpha p - beta, with 1 - p from the loss: a confident row keeps its digits.
-    label_p = torch.exp(-nll)
-    target = (alpha - g_nll) * label_p + g_nll * torch.expm1(-nll)
-    if eta is not None:
-        target = target - eta * label_p * (entropy - nll)
-    if correction is not None:
-        # Both multiply p, which the kernel makes from the rounded lse.
-        alpha = alpha * correction
-        eta = None if eta is None else eta * correction
-    return RowGradient(lse, alpha, target, gamma, eta, None if eta is None else entropy)
-
-
-def rounding_of_lse(outputs: RowOutputs, anchor: Tensor) -> Tensor:
-    """The c of `p_j = c exp(z_j - lse)`: what rounding the sum `anchor + nll` to lse took away."""
-    larger, smaller = anchor, outputs.nll
-    swap = smaller.abs() > larger.abs()
-    larger, smaller = torch.where(swap, smaller, larger), torch.where(swap, larger, smaller)
-    # Subtracting the larger term first is exact.
-    return torch.exp(outputs.lse - larger - smaller).masked_fill_(anchor.isinf(), 0.0)
-
-
-def _gamma(call: Call, smooth_weight: Tensor | None) -> Tensor | None:
-    """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
-    if smooth_weight is None:
-        return None
-    gamma = smooth_weight * (call.head.logit_scale / call.vocab_total)
-    return gamma.masked_fill_(call.labels < 0, 0.0)
 
 
 def _factor(outputs: RowOutputs) -> Tensor:
