@@ -9,12 +9,20 @@ from places import EVERYWHERE
 from ranks import assert_passed, run_ranks
 
 WORKER = Path(__file__).with_name("vocab_parallel_worker.py")
+# Where processes share a GPU: its own kernels, few of them, since each takes seconds to compile.
+OF_A_SHARED_GPU = (
+    *("triton-plain", "triton-everything", "triton-per_token_everything", "triton-statistics"),
+    *("triton-far", "triton-ignored", "triton-boundary_labels", "triton-each_dtype"),
+    *(f"triton-{what}-{how}" for what in ("schedule", "parts") for how in ("chunks", "hybrid")),
+    "the_forward_sends_at_most_8_bytes_a_token",
+)
 
 
 # One test of all cases: workers of pytest would each start the processes for their share of them.
 @pytest.mark.parametrize("place", EVERYWHERE)
 def test_two_processes_are_one(place: str, tmp_path: Path) -> None:
-    assert_passed(run_ranks(WORKER, 2, tmp_path, place=place))
+    cases = OF_A_SHARED_GPU if place == "shared" else ()
+    assert_passed(run_ranks(WORKER, 2, tmp_path, *cases, place=place))
 
 
 def test_four_processes_agree(tmp_path: Path) -> None:

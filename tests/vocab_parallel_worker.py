@@ -121,9 +121,9 @@ def parts_by_schedule(name: str) -> None:
 
     with (
         mock.patch.object(fused, "plan", SCHEDULES[name]),
-        mock.patch.object(passes, "MULTIPLE", 32),
+        mock.patch.object(passes, "MULTIPLE", UNIT),
     ):
-        in_parts(Problem(shape=(40,), vocab_size=150), "triton")
+        in_parts(Problem(shape=(UNIT + 8,), vocab_size=5 * UNIT - 10), "triton")
 
 
 def in_parts(problem: Problem, impl: str) -> None:
