@@ -98,7 +98,18 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
 
 
 @gluon.jit
-def _finish_half(acc, store_desc, out_buf, first_t, first_v, labels, shift, sizes, epilogue):
+def _finish_half(
+    acc,
+    store,
+    first_t,
+    first_v,
+    labels,
+    shift,
+    sizes,
+    epilogue,
+    WHO: gl.constexpr,
+    HALF: gl.constexpr,
+):
     """Row sums and, with a store, the stored tile of half of a product's columns."""
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     columns: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
@@ -108,9 +119,12 @@ def _finish_half(acc, store_desc, out_buf, first_t, first_v, labels, shift, size
     labels = gl.convert_layout(labels, rows, assert_trivial=True)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
     tile = _epilogue(acc, offs_t, offs_v, first_v, labels, shift, *sizes, *epilogue)
+    store_desc, out_bufs = store
     if store_desc is not None:
-        # What this half wrote one tile ago has left the buffer; the other half may be under way.
-        tma.store_wait(1)
+        # What this half wrote one tile ago has left its buffer. The second half lets the first one
+        # be under way; the first waits for all, since the tile before may have had no second.
+        tma.store_wait(HALF)
+        out_buf = out_bufs.index(2 * WHO + HALF)
         out_buf.store(tile.to(store_desc.dtype))
         fence_async_shared()
         _store(store_desc, [first_t, first_v], out_buf)
@@ -129,7 +143,6 @@ def _multiply(
     GROUP_T: gl.constexpr,
 ):
     """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
-    store_desc, out_bufs = store
     num_tokens, vocab_size = sizes
     labels_ptr, shift_ptr = rows
     hidden_bufs, weight_bufs, ready, free = buffers
@@ -168,10 +181,9 @@ def _multiply(
             first_v = pid_v * BLOCK_V + half * BLOCK_V // 2
             # The last tile may have no column of the vocabulary in its second half.
             if first_v < vocab_size:
-                out = (store_desc, out_bufs.index(2 * WHO + half))
-                place = (first_t, first_v)
-                _finish_half(halves[half], *out, *place, labels, shift, sizes, epilogue)
-    if store_desc is not None:
+                rows_of_tile = (first_t, first_v, labels, shift)
+                _finish_half(halves[half], store, *rows_of_tile, sizes, epilogue, WHO, half)
+    if store[0] is not None:
         tma.store_wait(0)
 
 
