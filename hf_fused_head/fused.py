@@ -25,6 +25,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
 from hf_fused_head.kernels import passes
@@ -39,7 +40,7 @@ from hf_fused_head.kernels.operands import (
     Totals,
 )
 from hf_fused_head.kernels.rows import launch_count, launch_multiply
-from hf_fused_head.kernels.tuning import cdiv, interpreted, tile_config
+from hf_fused_head.kernels.tuning import GLUON, cdiv, interpreted, knows_gluon, tile_config
 from hf_fused_head.options import Needs, Operands, RowStats
 from hf_fused_head.schedule import TRITON_SUMS_BYTES, Schedule, plan
 
@@ -81,6 +82,18 @@ def unverified_reason(device_type: str) -> str | None:
     if capability not in _VERIFIED:
         return f"its results on compute capability {capability} have not been verified"
     return None
+
+
+def slower_reason(dtype: torch.dtype) -> str | None:
+    """Why the kernels for tensors of `dtype` are not the fastest for this card; None if they are."""
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
+    if dtype == torch.float32 or not hopper or knows_gluon():
+        return None
+    first, last = (".".join(map(str, version)) for version in GLUON)
+    return (
+        f"the fastest kernel for this card needs Triton {first} or newer, below {last}, and this is "
+        f"{triton.__version__}: an older one runs"
+    )
 
 
 def forward(

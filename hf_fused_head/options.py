@@ -158,10 +158,13 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype) -> C
         return Choice("torch", f"the tensors are on {device_type!r}, Triton kernels need CUDA")
     if obstacle is not None:
         return Choice("torch", f"the Triton kernels cannot be used: {obstacle}")
-    doubt = importlib.import_module("hf_fused_head.fused").unverified_reason(device_type)
+    fused = importlib.import_module("hf_fused_head.fused")
+    doubt = fused.unverified_reason(device_type)
     if doubt is not None:
         return Choice("torch", f"impl='triton' has to be asked for by name here: {doubt}")
-    return Choice("triton", f"the tensors are on CUDA and the Triton kernels support {dtype}")
+    reasons = [f"the tensors are on CUDA and the Triton kernels support {dtype}"]
+    slower = fused.slower_reason(dtype)
+    return Choice("triton", "; ".join(reasons if slower is None else [*reasons, slower]))
 
 
 def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:

@@ -95,9 +95,13 @@ def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch)
     fused = type(sys)("hf_fused_head.fused")
     fused.unavailable_reason = lambda device_type, dtype: None
     fused.unverified_reason = lambda device_type: None
+    fused.slower_reason = lambda dtype: "an older kernel runs"
     monkeypatch.setitem(sys.modules, "hf_fused_head.fused", fused)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    assert resolve_impl("auto", "cuda", torch.bfloat16).impl == "triton"
+    choice = resolve_impl("auto", "cuda", torch.bfloat16)
+    assert choice.impl == "triton" and choice.reason.endswith("; an older kernel runs")
+    fused.slower_reason = lambda dtype: None
+    assert "older" not in resolve_impl("auto", "cuda", torch.bfloat16).reason
     fused.unverified_reason = lambda device_type: "untried"
     choice = resolve_impl("auto", "cuda", torch.bfloat16)
     assert choice.impl == "torch"

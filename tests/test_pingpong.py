@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton")
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
 # 227 KiB of shared memory for one program, of which CUDA keeps nothing.
@@ -39,5 +41,10 @@ def test_it_compiles_for_a_hopper_card(tmp_path: Path) -> None:
 def test_only_known_versions_of_gluon_are_used(
     version: str, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And a card that therefore runs an older kernel is told."""
     monkeypatch.setattr(tuning.triton, "__version__", version)
     assert tuning.knows_gluon() == known
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert (fused.slower_reason(torch.bfloat16) is None) == known
+    assert known or version in fused.slower_reason(torch.bfloat16)
+    assert fused.slower_reason(torch.float32) is None

@@ -47,7 +47,7 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # buffer are 1 % slower, eight or 32 row tiles a group up to 5 %.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
-_GLUON = ((3, 6), (3, 10))
+GLUON = ((3, 6), (3, 10))
 # Everything else with 16-bit operands: 64 KiB of shared memory fit every card since Ampere.
 PORTABLE = TileConfig(128, 128, 32, 8, 8, 4)
 PORTABLE_HIP = TileConfig(128, 128, 32, 8, 8, 2)
@@ -83,7 +83,7 @@ def interpreted() -> bool:
 def knows_gluon() -> bool:
     """Whether this Triton's Gluon is one that the ping-pong kernel was written for."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return _GLUON[0] <= version < _GLUON[1]
+    return GLUON[0] <= version < GLUON[1]
 
 
 def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
