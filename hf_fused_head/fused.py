@@ -85,13 +85,13 @@ def unverified_reason(device_type: str) -> str | None:
 
 
 def slower_reason(dtype: torch.dtype) -> str | None:
-    """Why the kernels for tensors of `dtype` are not the fastest for this card; None if they are."""
+    """Why the kernels for `dtype` are not the fastest for this card; None if they are."""
     hopper = torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
     if dtype == torch.float32 or not hopper or knows_gluon():
         return None
     first, last = (".".join(map(str, version)) for version in GLUON)
     return (
-        f"the fastest kernel for this card needs Triton {first} or newer, below {last}, and this is "
+        f"the fastest kernel for this card needs Triton {first} or newer, below {last}, got "
         f"{triton.__version__}: an older one runs"
     )
 
