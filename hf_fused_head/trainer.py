@@ -7,8 +7,8 @@ for those steps and for no others. All else (gradient accumulation, token counts
 stock code that sees a model whose loss happens to be cheap.
 
 Beside the loss one thing is not as in stock: a model that tensor parallelism cut is saved and
-resumed by all processes. transformers 5.17 asks one alone for the whole weights, which waits for
-the others forever, and writes that one's part of the optimizer as if it were everybody's.
+resumed by all processes. transformers 5.17 asks one alone for the whole weights, whose collectives
+the others do not join, and writes that one's part of the optimizer as if it were everybody's.
 """
 
 from __future__ import annotations
