@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hf_fused_head.patches.tensor_parallel import is_spread
 
@@ -41,13 +40,13 @@ def whole_tensors(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     return whole
 
 
-def save_optimizer(optimizer: Any, scheduler: Any, folder: str, keep: bool) -> None:
+def save_optimizer(optimizer: Any, scheduler: Any, files: tuple[str, str], keep: bool) -> None:
     """Writes the files of an optimizer and its scheduler; all processes must come here.
 
     Args:
         optimizer: Of parameters of which some are cut.
         scheduler: Of its learning rate.
-        folder: As `load_optimizer` reads it.
+        files: One for each of them.
         keep: Whether this process writes.
 
     Raises:
@@ -65,16 +64,15 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: str, keep: bool) -> N
                 )
     states = {index: whole_tensors(state, keep) for index, state in saved["state"].items()}
     if keep:
-        torch.save({**saved, "state": states}, os.path.join(folder, OPTIMIZER_NAME))
-        torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+        torch.save({**saved, "state": states}, files[0])
+        torch.save(scheduler.state_dict(), files[1])
 
 
-def load_optimizer(optimizer: Any, scheduler: Any, folder: str) -> None:
+def load_optimizer(optimizer: Any, scheduler: Any, files: tuple[str, str]) -> None:
     """Reads what `save_optimizer` wrote, each tensor cut like its parameter.
 
-    A folder without it, of `save_only_model=True`, leaves both as they are, as in stock.
+    Where there are no such files, after `save_only_model=True`, both stay as they are, as in stock.
     """
-    files = [os.path.join(folder, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
     if not all(os.path.isfile(file) for file in files):
         return
     saved, schedule = (torch.load(f, map_location="cpu", weights_only=True) for f in files)

@@ -14,6 +14,7 @@ the others do not join, and writes that one's part of the optimizer as if it wer
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from hf_fused_head.cut_checkpoints import (
@@ -204,14 +206,14 @@ class FusedHeadTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_cut():
-            keep = self.args.should_save
-            save_optimizer(self.optimizer, self.lr_scheduler, output_dir, keep)
+            files = _optimizer_files(output_dir)
+            save_optimizer(self.optimizer, self.lr_scheduler, files, keep=self.args.should_save)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._is_cut():
-            load_optimizer(self.optimizer, self.lr_scheduler, checkpoint)
+            load_optimizer(self.optimizer, self.lr_scheduler, _optimizer_files(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -262,6 +264,11 @@ class FusedHeadTrainer(Trainer):
 
     def _last_stats(self, model: nn.Module) -> LossStats | None:
         return last_stats(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def _optimizer_files(checkpoint: str) -> tuple[str, str]:
+    """Those of the optimizer and of its scheduler."""
+    return os.path.join(checkpoint, OPTIMIZER_NAME), os.path.join(checkpoint, SCHEDULER_NAME)
 
 
 def _targets(inputs: Mapping[str, Any]) -> Tensor | None:
