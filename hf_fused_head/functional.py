@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ def linear_cross_entropy(
     References:
         Dong and Chang, "From Projection to Prediction", arXiv:2511.17599.
     """
-    options = LossOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    values = reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+    options = _options(process_group, linear_weight, *values)
     return operand_cross_entropy(
         [(input, linear_weight)],
         target,
@@ -147,7 +148,8 @@ def linear_cross_entropy_with_stats(
     Takes the arguments of `linear_cross_entropy` and returns its result as `.loss`, beside the
     loss, log-sum-exp, entropy and correctness of each token and the number of tokens that count.
     """
-    options = LossOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    values = reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+    options = _options(process_group, linear_weight, *values)
     return operand_cross_entropy(
         [(input, linear_weight)],
         target,
@@ -239,6 +241,17 @@ def operand_cross_entropy(
 def explain(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """What `impl` means for such tensors, and why."""
     return resolve_impl(impl, device, dtype)
+
+
+def _options(
+    process_group: ProcessGroup | None, linear_weight: Tensor, *values: Any
+) -> LossOptions:
+    """The options; where they are out of range the other ranks of a group hear of it."""
+    try:
+        return LossOptions(*values)
+    except (TypeError, ValueError):
+        report_failure(group_name(process_group), linear_weight.device)
+        raise
 
 
 class _Call(NamedTuple):

@@ -5,20 +5,33 @@ away and smooths logits itself; here the smoothing is an option of the fused los
 same value. When a metric wants predictions it takes logits out of the output; here they are made
 for those steps and for no others. All else (gradient accumulation, token counts across devices) is
 stock code that sees a model whose loss happens to be cheap.
+
+Beside the loss one thing is not as in stock: a model that tensor parallelism cut is saved and
+resumed by all processes. transformers 5.17 asks one alone for the whole weights, whose collectives
+the others do not join, and writes that one's part of the optimizer as if it were everybody's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
+from hf_fused_head.cut_checkpoints import (
+    is_cut,
+    load_optimizer,
+    loads_whole_tensors,
+    save_optimizer,
+    whole_tensors,
+)
 from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
 
 if TYPE_CHECKING:
@@ -43,6 +56,9 @@ class FusedHeadTrainer(Trainer):
 
     Steps that need logits get them from the stock head and say so once: those with
     `compute_metrics` or `predict()`, and all of them with `compute_loss_func`.
+
+    Checkpoints of a model that tensor parallelism cut hold whole tensors, as those of one process
+    do; all processes have to come to `save_model`.
 
     A step whose loss did not come from the head, whatever has been done to the model since, is an
     error, unless `head_options` has strict=False.
@@ -115,7 +131,7 @@ class FusedHeadTrainer(Trainer):
         """The stock step; sums of its token statistics stay on the device until they are logged."""
         has_labels = self._loss_is_from_head(inputs)
         strict = has_labels and self.head_options.get("strict", True)
-        with require_fused(model) if strict else contextlib.nullcontext():
+        with require_fused(model) if strict else nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if has_labels:
             self._train_sums.add(self._last_stats(model))
@@ -140,7 +156,7 @@ class FusedHeadTrainer(Trainer):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if has_labels:
             whole_rows = self.args.world_size > 1 and not self._rows_are_split()
-            gather = cast(_Gather, self.gather_function) if whole_rows else None
+            gather = self._gather_rows if whole_rows else None
             self._eval_sums.add(self._last_stats(model), self._targets, gather)
         return result
 
@@ -170,6 +186,52 @@ class FusedHeadTrainer(Trainer):
             self._train_sums = TokenSums()
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The stock method; of a cut model all processes put the whole together, and one writes."""
+        if not self._is_cut():
+            super().save_model(output_dir, _internal_call)
+            return
+        model: Any = self.model
+        folder: Any = self.args.output_dir if output_dir is None else output_dir
+        weights = whole_tensors(model.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(folder, state_dict=weights)
+        elif isinstance(model, PreTrainedModel):
+            # It waits in its own `save_pretrained` for all processes.
+            model.save_pretrained(folder, is_main_process=False, state_dict=weights)
+        # What is written may be read at once, by any process.
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._is_cut():
+            files = _optimizer_files(output_dir)
+            save_optimizer(self.optimizer, self.lr_scheduler, files, keep=self.args.should_save)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._is_cut():
+            load_optimizer(self.optimizer, self.lr_scheduler, _optimizer_files(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with loads_whole_tensors(model or self.model) if self._is_cut() else nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with loads_whole_tensors(self.model) if self._is_cut() else nullcontext():
+            super()._load_best_model()
+
+    def _is_cut(self) -> bool:
+        """Whether weights are cut, and no engine of accelerate looks after them."""
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not engine and is_cut(self.model)
+
     def _over_processes(self, sums: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(sums, "sum"))
 
@@ -177,6 +239,20 @@ class FusedHeadTrainer(Trainer):
         """Whether processes evaluate parts of the same sequences; Ulysses evaluates whole ones."""
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         return parallelism is not None and parallelism.cp_enabled
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows of all processes in the order of the data, none of them twice."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        sharers = 1 if parallelism is None else parallelism.tp_size
+        if sharers == 1:
+            return cast(_Gather, self.gather_function)(rows)
+        # Neighbours share their rows, which accelerate counts once and gathers from each of them.
+        gathered = cast(Tensor, self.accelerator.gather(rows)).unflatten(
+            0, (-1, sharers, len(rows))
+        )
+        once, state = gathered[:, 0].flatten(0, 1), self.accelerator.gradient_state
+        repeats = state.end_of_dataloader and state.remainder > 0
+        return once[: state.remainder] if repeats else once
 
     def _is_fused(self) -> bool:
         return patch_report(self.accelerator.unwrap_model(self.model)).fused
@@ -188,6 +264,11 @@ class FusedHeadTrainer(Trainer):
 
     def _last_stats(self, model: nn.Module) -> LossStats | None:
         return last_stats(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def _optimizer_files(checkpoint: str) -> tuple[str, str]:
+    """Those of the optimizer and of its scheduler."""
+    return os.path.join(checkpoint, OPTIMIZER_NAME), os.path.join(checkpoint, SCHEDULER_NAME)
 
 
 def _targets(inputs: Mapping[str, Any]) -> Tensor | None:

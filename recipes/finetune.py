@@ -297,11 +297,8 @@ def save(
     launch: Launch,
 ) -> None:
     """Writes the model or adapter, the tokenizer and the log; all processes must come here."""
-    if launch.size("tp") > 1:
-        # The parts are put together by all processes, of which the Trainer of 5.17 asks one alone.
-        model.save_pretrained(options.output_dir, is_main_process=launch.is_main)
-    elif launch.engine:
-        # Only the Trainer knows how the engine puts its parts together.
+    if launch.engine or launch.size("tp") > 1:
+        # Only the Trainer knows how the parts are put together.
         trainer.save_model(str(options.output_dir))
     elif launch.is_main:
         # The base's embeddings are saved already, so PEFT need not copy them into the adapter.

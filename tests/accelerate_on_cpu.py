@@ -1,4 +1,4 @@
-"""FSDP, context parallelism and DeepSpeed of accelerate where there is no GPU.
+"""FSDP, context and tensor parallelism and DeepSpeed of accelerate where there is no GPU.
 
 accelerate lets them run on GPUs alone, though torch and DeepSpeed themselves have no such need.
 Here it is told of GPUs that are CPU processes over gloo; what it does to models is its own.
@@ -42,15 +42,14 @@ def engine(name: str, micro_batches: int, batch_size: int) -> Iterator[dict[str,
     """Settings for `TrainingArguments`; the environment is as a launcher would set it.
 
     Args:
-        name: "fsdp2", "cp", "zero2", "zero3" or "ulysses".
+        name: "fsdp2", "cp", "zero2", "zero3", "ulysses", or "tp", whose models are cut already.
         micro_batches: A step, for DeepSpeed, which wants to know.
         batch_size: Rows of each.
     """
-    torch_engine = name in ("fsdp2", "cp")
-    environment = _FSDP2 if torch_engine else _DEEPSPEED
+    environment = {"fsdp2": _FSDP2, "cp": _FSDP2, "tp": {}}.get(name, _DEEPSPEED)
     os.environ.update(environment)
     settings: dict[str, Any] = {"use_cpu": False}
-    if not torch_engine:
+    if environment is _DEEPSPEED:
         settings["deepspeed"] = {
             "zero_optimization": {
                 "stage": 3 if name == "zero3" else 2,

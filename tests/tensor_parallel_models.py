@@ -32,13 +32,18 @@ def gathered(**options: Any) -> ColwiseParallel:
 def loaded(family: str, **settings: Any) -> tuple[Any, Any]:
     """A stock model, and the same one as transformers spreads it over the ranks."""
     stock = build(family, **{"tie_word_embeddings": False, "num_key_value_heads": 2, **settings})
+    return stock, spread(stock)
+
+
+def spread(stock: Any) -> Any:
+    """A copy of a model, as transformers spreads it over the ranks."""
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     if dist.get_rank() == 0:
         stock.save_pretrained(folder[0])
     dist.barrier()
     config = DistributedConfig(tp_plan="auto")
-    return stock, type(stock).from_pretrained(folder[0], distributed_config=config)
+    return type(stock).from_pretrained(folder[0], distributed_config=config)
 
 
 def whole(tensor: Tensor) -> Tensor:

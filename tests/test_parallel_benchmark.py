@@ -124,6 +124,13 @@ def test_mistakes_cost_one_line(
     assert message in shown.err
 
 
+def test_rounds_are_counted_from_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer warm-up rounds than none would take timed ones away."""
+    with pytest.raises(SystemExit):
+        parallel.main(["head", "smoke", "--warmup", "-1"])
+    assert "--warmup: must be a whole number from 0, got '-1'" in capsys.readouterr().err
+
+
 def test_sequences_are_shared_out_evenly() -> None:
     done = run_in_two(*MODULE, "step", "smoke", "--sequences", "3")
     assert "`--sequences` must be a multiple of the 2 ranks, got 3" in done.stderr

@@ -13,6 +13,7 @@ from two_processes import assert_worker_passes
     "engines",
     [
         ("fsdp2", "cp"),
+        ("tp",),
         pytest.param(("zero2", "zero3", "ulysses"), marks=needs_deepspeed),
     ],
     ids=" ".join,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from accelerate_on_cpu import engine, pretend_gpus
 from causal_loss import in_float64
 from engines import ENGINES
 from oracle import assert_close_as_torch
+from safetensors.torch import load_file
 from sequence_checks import check_splits
-from test_trainer import arguments, assert_metrics, build, history, rows
+from tensor_parallel_models import spread
+from test_trainer import VOCAB, arguments, assert_metrics, build, history, rows
 from torch import Tensor, nn
 from whole_sequence_attention import head_and_tail, split_attention
 
@@ -63,18 +66,19 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
     """Losses, weights and metrics without logits; and again after a checkpoint."""
     # Under Ulysses both processes work on one row after the other, and stock counts tokens by row.
     by_row = name == "ulysses"
+    build_whole = functools.partial(build, vocab_size=VOCAB + 1) if name == "tp" else build
     # DeepSpeed's loader for it stops after an epoch that it was not asked to go beyond.
     steps = 1 if by_row else STEPS
     data: list[Any] = [
         {**row, "position_ids": list(range(LENGTH))} for row in rows(ROWS, masked=(2,))
     ]
     split_attention(None)
-    stock, truth = build(), in_float64(build())
+    stock, truth = build_whole(), in_float64(build_whole())
     losses = [plainly_trained(model, data, smoothing, by_row, steps) for model in (stock, truth)]
     if name == "cp":
         split_attention(head_and_tail(LENGTH))
     # All rows in every step, so that their order does not matter.
-    batch_size = 1 if by_row else ROWS if name == "cp" else ROWS // 2
+    batch_size = 1 if by_row else ROWS if name in ("cp", "tp") else ROWS // 2
     micro_batches = ROWS if by_row else 1
     changes: dict[str, Any] = {
         "max_steps": steps,
@@ -88,10 +92,12 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
         "save_strategy": "steps",
         "save_steps": 1,
     }
+    if name == "tp":
+        changes |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     final = []
     for resumed in (False, True)[:steps]:
         with engine(name, micro_batches, batch_size) as settings:
-            model = build()
+            model = spread(build_whole()) if name == "tp" else build_whole()
             trainer: Any = FusedHeadTrainer(
                 model,
                 arguments(folder, **{**changes, **settings}),
@@ -106,7 +112,7 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
                 assert_close_as_torch("loss", found, *map(torch.stack, losses))
                 metrics = trainer.evaluate()
             assert patch_report(trainer.model).fused
-            final.append(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+            final.append(whole_weights(name, trainer, folder / "whole"))
             dist.barrier()
     split_attention(None)
     if dist.get_rank() != 0:
@@ -114,9 +120,34 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
     for key, right in truth.state_dict().items():
         for weights in final:
             assert_close_as_torch(key, weights[key], stock.state_dict()[key], right)
-    plain = build()
+    plain = build_whole()
     plain.load_state_dict(final[0])
     assert_metrics(metrics, "eval_", plain, data)
+    if name == "tp":
+        assert_files_of_one_process(folder / "checkpoint-2", plain)
+
+
+def whole_weights(name: str, trainer: Any, folder: Path) -> dict[str, Tensor]:
+    """All weights of a trainer, on rank 0 at least; all processes must come here."""
+    if name != "tp":
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trainer.save_model(str(folder))
+    return load_file(folder / "model.safetensors")
+
+
+def assert_files_of_one_process(folder: Path, model: Any) -> None:
+    """Weights and optimizer in a checkpoint are those of a process that has all of `model`."""
+    weights = folder / "model.safetensors"
+    model.load_state_dict(load_file(weights))
+    model.save_pretrained(folder / "stock")
+    if weights.read_bytes() != (folder / "stock" / weights.name).read_bytes():
+        raise AssertionError(f"{weights} is not as the stock model writes it")
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"].values()
+    momenta = [each["momentum_buffer"] for each in state]
+    shapes = sorted(tuple(parameter.shape) for parameter in model.parameters())
+    whole = {type(momentum) for momentum in momenta} == {Tensor}
+    if not whole or sorted(tuple(momentum.shape) for momentum in momenta) != shapes:
+        raise AssertionError(f"the optimizer's file holds {momenta}, expected {shapes}")
 
 
 def main(folder: str, *names: str) -> None:

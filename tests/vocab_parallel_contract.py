@@ -6,7 +6,6 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -18,6 +17,7 @@ from vocab_parallel_checks import IMPLS, by_shard, halves_of, rows_of, sizes_of
 
 from hf_fused_head import LinearCrossEntropyLoss
 from hf_fused_head import linear_cross_entropy as fused_loss
+from hf_fused_head.benchmark.wire import given_bytes, sent
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -79,6 +79,11 @@ def an_error_on_one_rank_is_an_error_on_every_rank() -> None:
             loss({n: wrong[n](t) if here and n in wrong else t for n, t in tensors.items()})
         # The next loss meets ranks that are in step.
         torch.testing.assert_close(loss(tensors), by_plain(Problem())(tensors))
+    tensors = Problem().tensors(torch.float32)
+    for option in ({"label_smoothing": 2.0}, {"softcap": -1.0}, {"reduction": "median"}):
+        with first_rank_raises(ValueError, f"`{next(iter(option))}` must") as here:
+            problem = Problem().with_options(**option) if here else Problem()
+            by_shard(problem, halves_of(37), "torch")(tensors)
     for error, text, impl in (
         (ValueError, "`impl` must be one of", "fastest"),
         (NotImplementedError, "`impl` must support the inputs", "triton"),
@@ -183,29 +188,8 @@ def bytes_sent(impl: str) -> None:
     leaves = {name: tensors[name].requires_grad_() for name in NAMES}
     with sent() as both:
         torch.autograd.grad(loss(tensors), list(leaves.values()))
-    agreement = forward[0]
-    if sum(forward[1:]) > 8 * 200 or agreement > 80:
+    agreement, *others = forward
+    if given_bytes(others) > 8 * 200 or agreement.given_bytes > 80:
         raise AssertionError(f"forward sent {forward}")
-    if sum(both) != sum(forward) + 200 * problem.hidden_size * 4:
+    if given_bytes(both) != given_bytes(forward) + 200 * problem.hidden_size * 4:
         raise AssertionError(f"forward and backward sent {both}")
-
-
-@contextmanager
-def sent() -> Iterator[list[int]]:
-    """The bytes that this rank gives to every collective."""
-    sizes: list[int] = []
-    reduce, gather = dist.all_reduce, dist.all_gather
-
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(tensor.numel() * tensor.element_size())
-        return reduce(tensor, *args, **kwargs)
-
-    def all_gather(parts: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(tensor.numel() * tensor.element_size())
-        return gather(parts, tensor, *args, **kwargs)
-
-    dist.all_reduce, dist.all_gather = all_reduce, all_gather
-    try:
-        yield sizes
-    finally:
-        dist.all_reduce, dist.all_gather = reduce, gather

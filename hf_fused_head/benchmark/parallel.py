@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "can be compared",
     )
     for command in (head, step):
-        command.add_argument("--warmup", type=int, default=2, help="untimed rounds or steps")
+        command.add_argument("--warmup", type=_natural, default=2, help="untimed rounds or steps")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", help="cpu or cuda; default: GPUs where there are any")
         command.add_argument("--json", type=Path, metavar="FILE")
@@ -91,10 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+def _natural(text: str, first: int = 0) -> int:
+    if not text.isdecimal() or int(text) < first:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {first}, got {text!r}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _natural(text, first=1)
 
 
 def _refuse_everywhere(options: argparse.Namespace, ranks: Ranks) -> None:

@@ -5,8 +5,9 @@ of the other ranks is two numbers: the logit of its label, which one rank has an
 to, and the sum of its exponents around that logit. No maximum is exchanged. Collectives of one
 loss, with the bytes that a rank sends a token:
 
-    agree     all-gather of a few integers, once, whatever the number of tokens; a rank that cannot
-              go on takes part in it too (`report_failure`), so that no other waits for it
+    agree     all-gather of a few integers, once a pass, whatever the number of tokens (the
+              backward of a scalar loss, whose gradients are there already, has none); a rank that
+              cannot go on takes part in it too (`report_failure`), so that no other waits for it
     forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
               smoothing, entropy and accuracy one collective more, 4 for each (the Triton engine
               4 more with entropy or accuracy); 4 to 12 where a loss is beyond what exponents hold

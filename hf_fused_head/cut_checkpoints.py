@@ -1,0 +1,119 @@
+"""Checkpoints of a model that is cut over processes: written whole, cut again when they are read.
+
+A file holds what one process without parallelism would write, so that it can be read with any
+number of them. Tensors are put together one after the other, on the CPU of the process that keeps
+them, and read without a collective: every process takes its part of the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.patches.tensor_parallel import is_spread
+
+
+def is_cut(model: Any) -> bool:
+    """Whether some of a model's weights are DTensors."""
+    return any(is_spread(weight) for weight in model.parameters())
+
+
+def whole_tensors(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """`values` with every DTensor put together; all processes must come here.
+
+    One all-gather for each DTensor that is cut.
+
+    Args:
+        values: The same keys in the same order on every process.
+        keep: Whether this process wants them; the others get nothing.
+    """
+    whole = {}
+    for name, value in values.items():
+        together = value.full_tensor() if is_spread(value) else value
+        if keep:
+            whole[name] = together.cpu() if is_spread(value) else together
+    return whole
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, files: tuple[str, str], keep: bool) -> None:
+    """Writes the files of an optimizer and its scheduler; all processes must come here.
+
+    Args:
+        optimizer: Of parameters of which some are cut.
+        scheduler: Of its learning rate.
+        files: One for each of them.
+        keep: Whether this process writes.
+
+    Raises:
+        NotImplementedError: If state is cut in another way than the parameters.
+    """
+    saved = optimizer.state_dict()
+    parameters = _parameters(optimizer)
+    for index, state in saved["state"].items():
+        for name, value in state.items():
+            if is_spread(value) and value.shape != parameters[index].shape:
+                raise NotImplementedError(
+                    f"the optimizer's {name!r} of a cut parameter must have the parameter's shape "
+                    f"{tuple(parameters[index].shape)} to be saved, got {tuple(value.shape)}: set "
+                    "save_only_model=True, or take an optimizer such as AdamW or SGD"
+                )
+    states = {index: whole_tensors(state, keep) for index, state in saved["state"].items()}
+    if keep:
+        torch.save({**saved, "state": states}, files[0])
+        torch.save(scheduler.state_dict(), files[1])
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, files: tuple[str, str]) -> None:
+    """Reads what `save_optimizer` wrote, each tensor cut like its parameter.
+
+    Where there are no such files, after `save_only_model=True`, both stay as they are, as in stock.
+    """
+    if not all(os.path.isfile(file) for file in files):
+        return
+    saved, schedule = (torch.load(f, map_location="cpu", weights_only=True) for f in files)
+    parameters = _parameters(optimizer)
+    states = {
+        index: {name: _cut_like(value, parameters[index]) for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": states})
+    scheduler.load_state_dict(schedule)
+
+
+@contextmanager
+def loads_whole_tensors(model: Any) -> Iterator[None]:
+    """While it is open, `model.load_state_dict` takes whole tensors for parameters that are cut."""
+
+    def cut(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = _cut_like(state_dict[prefix + name], parameter)
+
+    handle = model.register_load_state_dict_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    """In the order of the state dict's numbers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _cut_like(value: Any, parameter: Any) -> Any:
+    """This process' part of a whole tensor; anything else as it is."""
+    if not is_spread(parameter) or is_spread(value) or not isinstance(value, Tensor):
+        return value
+    if value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    # A copy, since the part is a view that would keep the whole tensor alive.
+    return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(part)
