@@ -13,7 +13,7 @@ import torch
 fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton")
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
-# 227 KiB of shared memory for one program, of which CUDA keeps nothing.
+# The most that one program may have there.
 HOPPER_SHARED_BYTES = 227 * 1024
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import typer
 from rich.console import Console
 
 from hf_fused_head.benchmark import (
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = (_head if options.what == "head" else _step)(options, ranks)
     except ValueError as error:
         if rank == 0:
-            print(f"parallel: {' '.join(str(error).split())}", file=sys.stderr)
+            typer.echo(f"parallel: {' '.join(str(error).split())}", err=True)
         return 2
     if rank == 0:
         _show(content, options.markdown)
@@ -161,7 +162,7 @@ def _written(
 
 def _show(content: dict, markdown: bool) -> None:
     if markdown:
-        print(report.markdown(content), end="")
+        typer.echo(report.markdown(content), nl=False)
         return
     console = Console() if sys.stdout.isatty() else Console(width=200)
     for line in report.header_lines(content["header"]):

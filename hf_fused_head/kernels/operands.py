@@ -131,6 +131,11 @@ class RowOutputs(NamedTuple):
     factor: Tensor | None  # float32: gradient of the logits / stored exponents
     overflowed: Tensor  # int32: exp overflowed; the row has to be made around its maximum
 
+    @property
+    def need_best(self) -> bool:
+        """Whether the largest logit of every tile is needed: accuracy and entropy start from it."""
+        return self.correct is not None or self.entropy is not None
+
     def rows(self, rows: slice) -> RowOutputs:
         """The same vectors over some of the rows."""
         return RowOutputs(*(None if t is None else t[rows] for t in self))

@@ -46,8 +46,7 @@ def statistics(
         Abandoned: If the attempt is off; nothing of the result is valid then.
     """
     num_tiles = cdiv(call.vocab_size, call.config.block_v)
-    best = outputs.correct is not None or outputs.entropy is not None
-    kinds = 1 + best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
+    kinds = 1 + outputs.need_best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
     # The rows that the ranks speak about at once are those that the largest of them can hold.
     tiles_held = cdiv(call.shard.largest(call.vocab_size), call.config.block_v)
     most = call.sums_bytes // (4 * kinds * tiles_held) // MULTIPLE * MULTIPLE
@@ -79,12 +78,11 @@ def _row_statistics(
     def tiles(wanted: bool) -> Tensor | None:
         return call.empty(num_tiles, num_tokens) if wanted else None
 
-    best = outputs.correct is not None or outputs.entropy is not None
     sums = RowSums(
         call.empty(num_tiles, num_tokens),
         tiles(outputs.entropy is not None),
         tiles(outputs.smooth is not None),
-        tiles(best),
+        tiles(outputs.need_best),
         torch.zeros_like(anchor) if outputs.correct is not None else None,
     )
     skip = None if call.attempt is None else call.attempt.many_ignored

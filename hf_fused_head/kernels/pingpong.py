@@ -1,10 +1,10 @@
 """The head's product on Hopper: two groups of warps, each behind the other's exponents.
 
-Exponentials keep a multiprocessor's special function units busy for as long as its tensor cores
-need for an eighth to a thirtieth of the product, and warps that make them cannot start the next
-product. Here one warp loads, and two groups of four multiply 64 rows of every tile each. Nothing
-holds the two in step but the operands in flight, so one of them multiplies while the other one
-makes exponents. The products and the stored tiles are those of `head`, bit for bit.
+By their rates, the exponentials keep a multiprocessor's special function units busy for an eighth
+(hidden size 1024) to a thirtieth (4096) of the time that its tensor cores need for the product, and
+warps that make them cannot start the next product. Here one warp loads, and two groups of four
+multiply 64 rows of every tile each. Nothing holds the two in step but the operands in flight, so
+one of them can multiply while the other one makes exponents.
 
 Triton has no word for this; Gluon, its lower dialect, has. The epilogue is written once: Gluon
 reads the source of the Triton functions with its own language in place of Triton's.
@@ -32,7 +32,7 @@ from hf_fused_head.kernels import epilogue as tile_epilogue
 from hf_fused_head.kernels import product
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
 
-# Renamed in Triton 3.7; both take the same arguments.
+# Renamed in Triton 3.8; both take the same arguments.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 

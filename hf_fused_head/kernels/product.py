@@ -75,7 +75,7 @@ def logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap):
     if logit_scale is not None:
         logits *= logit_scale
     if softcap is not None:
-        # One division a tile: a division an element takes as long as its exponential.
+        # One division a tile, not one an element.
         logits = softcap * tanh(logits * (1.0 / softcap))
     return logits
 
