@@ -17,8 +17,8 @@ class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with its options fixed; the head's matrix comes with every call.
 
     Takes the keywords of `linear_cross_entropy`; `weight`, [vocab], becomes a buffer that follows
-    `.to()` and is saved with the module, as in `torch.nn.CrossEntropyLoss`. A copy of the module shares its
-    `process_group`; a module that has one cannot be pickled.
+    `.to()` and is saved with the module, as in `torch.nn.CrossEntropyLoss`. A copy of the module
+    shares its `process_group`; a module that has one cannot be pickled.
     """
 
     weight: Tensor | None

@@ -42,10 +42,10 @@ class TileConfig(NamedTuple):
 # 12.2, tiles of 256x128 13.4 and two programs of 128x128 a multiprocessor 16.7.
 HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # Hopper where Gluon is known: two tiles side by side for two groups of warps. In one run on an
-# H100, by a prototype, 12.5 ms at 8192x4096x128256 with the exponents stored, where the tile above took
-# 15.6 ms and cuBLAS 13.1 ms for the bare product; 4.15, 4.61, 3.78 ms at 8192x1024x151936. Four
-# stages with one store buffer took up to 3 % longer, eight or 32 row tiles a group up to 5 %. The
-# number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
+# H100, by a prototype, 12.5 ms at 8192x4096x128256 with the exponents stored, where the tile above
+# took 15.6 ms and cuBLAS 13.1 ms for the bare product; 4.15, 4.61, 3.78 ms at 8192x1024x151936.
+# Four stages with one store buffer took up to 3 % longer, eight or 32 row tiles a group up to 5 %.
+# The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
 GLUON = ((3, 6), (3, 10))
