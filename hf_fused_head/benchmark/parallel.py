@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import typer
 from rich.console import Console
 
 from hf_fused_head.benchmark import (
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = (_head if options.what == "head" else _step)(options, ranks)
     except ValueError as error:
         if rank == 0:
-            typer.echo(f"parallel: {' '.join(str(error).split())}", err=True)
+            print(f"parallel: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if rank == 0:
         _show(content, options.markdown)
@@ -162,7 +161,7 @@ def _written(
 
 def _show(content: dict, markdown: bool) -> None:
     if markdown:
-        typer.echo(report.markdown(content), nl=False)
+        print(report.markdown(content), end="")
         return
     console = Console() if sys.stdout.isatty() else Console(width=200)
     for line in report.header_lines(content["header"]):
