@@ -101,6 +101,23 @@ def loads_whole_tensors(model: Any) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def saves_optimizer_itself(model: Any, args: Any) -> Iterator[None]:
+    """While it is open, the stock Trainer takes a model that was cut when it was loaded.
+
+    From transformers 5.23 on it refuses one whose optimizer is to be saved, which it cannot do and
+    `save_optimizer` does.
+    """
+    if args is None or args.save_only_model or model is None or not is_cut(model):
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
+
+
 def _parameters(optimizer: Any) -> list[Tensor]:
     """In the order of the state dict's numbers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

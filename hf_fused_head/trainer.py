@@ -30,6 +30,7 @@ from hf_fused_head.cut_checkpoints import (
     load_optimizer,
     loads_whole_tensors,
     save_optimizer,
+    saves_optimizer_itself,
     whole_tensors,
 )
 from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
@@ -88,7 +89,8 @@ class FusedHeadTrainer(Trainer):
         self._train_sums = TokenSums()
         self._eval_sums = TokenSums()
         self._targets: Tensor | None = None
-        super().__init__(model, args, *positional, **keywords)
+        with saves_optimizer_itself(model, args):
+            super().__init__(model, args, *positional, **keywords)
         if model is not None:
             apply_patch(model, **self.head_options)
         # Put back if the model turns out, at its first forward, to be one that cannot be fused.

@@ -18,6 +18,7 @@ from tensor_parallel_models import (
     gathered,
     loaded,
     mesh,
+    results,
     whole,
 )
 from tiny_models import VOCAB_SIZE, batch, build
@@ -91,8 +92,9 @@ def loaded_with_a_plan(family: str) -> None:
     """With `tp_plan="auto"` attention, mlp and head are spread over the ranks."""
     stock, model = loaded(family, vocab_size=104)
     on_instance = model.lm_head.__dict__["forward"]
+    unpatched = results(model, batch(stock))
     apply_patch(model)
-    assert_as_one_process(model, stock)
+    assert_as_one_process(model, stock, torch_results=unpatched)
     assert_vocabulary_parallel(model)
     remove_patch(model)
     if model.lm_head.__dict__["forward"] is not on_instance:

@@ -12,6 +12,8 @@ from two_processes import assert_worker_passes
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
 
+pytestmark = pytest.mark.newest
+
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )

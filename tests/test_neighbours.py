@@ -27,6 +27,8 @@ from trains_like import assert_trains_like, loss_and_gradients, same_modules
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
 from hf_fused_head.patches.deferred import DeferredLogits
 
+pytestmark = pytest.mark.newest
+
 TESTS = Path(__file__).resolve().parent
 
 

@@ -30,7 +30,7 @@ from trains_like import assert_trains_like, loss_and_gradients, same_modules
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
 
-pytestmark = pytest.mark.filterwarnings("ignore:Already unmerged")
+pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:Already unmerged")]
 
 
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patch, wrap", "wrap, patch"])

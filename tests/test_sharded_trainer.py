@@ -8,6 +8,8 @@ import pytest
 from test_engines import needs_deepspeed
 from two_processes import assert_worker_passes
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     "engines",

@@ -29,6 +29,8 @@ from hf_fused_head import (
 from hf_fused_head.patches import require_fused
 from hf_fused_head.patches.deferred import DeferredLogits
 
+pytestmark = pytest.mark.newest
+
 Llama = transformers.LlamaForCausalLM
 
 

@@ -8,6 +8,8 @@ import pytest
 from places import ON_TWO_DEVICES
 from ranks import assert_passed, run_ranks
 
+pytestmark = pytest.mark.newest
+
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
 

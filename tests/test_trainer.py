@@ -512,6 +512,8 @@ import sys
 from pathlib import Path
 from test_trainer import *
 
+pytestmark = pytest.mark.newest
+
 def run(trainer_class, model, smoothing):
     args = arguments(Path(sys.argv[1]), ddp_backend="gloo", label_smoothing_factor=smoothing,
                      gradient_accumulation_steps=2, average_tokens_across_devices=True)
