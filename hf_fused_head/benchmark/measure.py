@@ -12,6 +12,9 @@ import torch
 
 T = TypeVar("T")
 
+# A GPU runs a contender this long before it is timed, and as long again while it is.
+SETTLE_MS = 200
+
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
@@ -19,12 +22,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_ms(step: Callable[[], object], device: torch.device) -> float:
+def time_ms(step: Callable[[], object], device: torch.device, steps: int = 1) -> float:
     """Milliseconds that one step takes: CUDA events on a GPU, the wall clock on a CPU.
 
-    On a GPU it is the second of two steps in a row: while the first one runs the host prepares the
-    second, as it does in training behind the layers before the head. What the host does after it
-    has waited for the device still counts.
+    On a GPU it is the mean of the second half of `2 * steps` in a row: while one runs the host
+    prepares the next, as it does in training behind the layers before the head. What the host does
+    after it has waited for the device still counts.
+
+    Args:
+        step: What is timed.
+        device: Where it computes.
+        steps: On a GPU, how many are timed; as many run before them. See `steps_to_settle`.
     """
     synchronize(device)
     if device.type != "cuda":
@@ -34,12 +42,24 @@ def time_ms(step: Callable[[], object], device: torch.device) -> float:
     with torch.cuda.device(device):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        step()
+        for _ in range(steps):
+            step()
         start.record()
-        step()
+        for _ in range(steps):
+            step()
         end.record()
         end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / steps
+
+
+def steps_to_settle(step: Callable[[], object], device: torch.device) -> int:
+    """How many steps bring a device to the clock at which it runs these steps for long.
+
+    An H100 lowers its clock by a quarter within 50 ms when products draw more than its power, and
+    raises it behind elementwise work: a step timed alone takes up to 17 % longer or shorter with
+    what ran before it.
+    """
+    return 1 if device.type != "cuda" else max(1, round(SETTLE_MS / time_ms(step, device)))
 
 
 def peak_of(step: Callable[[], T], device: torch.device) -> tuple[T, int]:

@@ -55,7 +55,9 @@ class Settings:
             "repeats": self.repeats,
             "warmup": self.warmup,
             "order": "one process, contenders in turn, every other repeat backwards",
-            "clock": "CUDA events, second of two steps in a row" if on_gpu else "wall clock",
+            "clock": f"CUDA events, last half of {2 * measure.SETTLE_MS} ms in a row"
+            if on_gpu
+            else "wall clock",
             "time": "median; min and max beside it",
             "memory": "peak of torch's allocator beyond inputs, outputs and gradients included",
             "errors": "relative Frobenius norm against plain torch in float64 (truth_dtype)",
@@ -328,15 +330,19 @@ def _time(
 ) -> None:
     """Times the contenders in turn, so that a slow minute of the machine meets all of them.
 
-    Every other turn goes backwards: a GPU that comes from a contender's elementwise work is cooler,
-    and faster, than one that comes from products.
+    Every other turn goes backwards, so that nobody is always behind the same neighbour.
     """
     samples: dict[str, list[float]] = {lane.record.contender: [] for lane in lanes}
+    steps: dict[str, int] = {}
+    for lane in lanes:
+        if lane.step is not None:
+            with Guard(lane):
+                steps[lane.record.contender] = measure.steps_to_settle(lane.step, device)
     for repeat in range(-settings.warmup, settings.repeats):
         for lane in lanes[:: -1 if repeat % 2 else 1]:
             if lane.step is not None:
                 with Guard(lane):
-                    elapsed = measure.time_ms(lane.step, device)
+                    elapsed = measure.time_ms(lane.step, device, steps[lane.record.contender])
                     if repeat >= 0:
                         samples[lane.record.contender].append(elapsed)
             on_step()
