@@ -39,6 +39,11 @@ _LOGITS_PARTS = 5
 # Below these a product is mostly overhead: no budget makes a tile smaller.
 _SMALLEST_CHUNK = {"torch": 32, "triton": 256}
 _SMALLEST_WINDOW = 256
+# A GPU waits for the host to launch products of fewer multiplications: windows of 256 took 4.6 to
+# 7.7 times the bare products on one H100, at 8192x2304x256000 and 16384x1024x151936. Windows this
+# wide cost no memory worth speaking of, and are not made wider for it.
+_SMALLEST_PRODUCT = 2**34
+_WIDE_ENOUGH = 1024
 
 # "torch" goes over a tile in blocks of this size, so that what lies beside it is no second tile.
 # Blocks that fit a cache gain nothing here, and on a busy machine every block is a barrier more:
@@ -280,7 +285,7 @@ class _Step:
         column = self.num_tokens * self.item
         free = self.budget - self.triton_workspace("hybrid", (self.num_tokens, 0, 0.0))
         columns = min(free // column, self.vocab_size - 1) // _SMALLEST_WINDOW * _SMALLEST_WINDOW
-        columns = max(columns, min(_SMALLEST_WINDOW, self.vocab_size))
+        columns = max(columns, min(self.smallest_window, self.vocab_size))
         for window in self.windows():
             if window <= columns:
                 yield self.num_tokens, window, columns / self.vocab_size
@@ -302,13 +307,23 @@ class _Step:
                 return
             parts += max(1, parts // 4)
 
+    @property
+    def smallest_window(self) -> int:
+        """Columns; of narrower windows no budget makes use."""
+        window = _SMALLEST_WINDOW
+        while self.device_type == "cuda" and window < _WIDE_ENOUGH:
+            if self.num_tokens * self.hidden_size * window >= _SMALLEST_PRODUCT:
+                break
+            window *= 2
+        return window
+
     def windows(self) -> Iterator[int]:
         """The whole vocabulary; powers of two below it and what lies half way between them."""
         yield self.vocab_size
-        window = _SMALLEST_WINDOW
+        window = self.smallest_window
         while window < self.vocab_size:
             yield window
-            if window * 3 // 2 < self.vocab_size and window > _SMALLEST_WINDOW:
+            if window * 3 // 2 < self.vocab_size and window > self.smallest_window:
                 yield window * 3 // 2
             window *= 2
 
@@ -381,6 +396,12 @@ class _Step:
         """What `fused` allocates: kept exponentials or a window, row sums, float32 gradients."""
         chunk, window, kept = tile
         sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
+        # They borrow the memory of the head's gradient, unless chunks of tokens add up in there.
+        adds_up = (
+            name == "gradient_in_forward" and self.item == self.acc and chunk < self.num_tokens
+        )
+        if sums <= self.vocab_size * self.grad_columns * self.item and not adds_up:
+            sums = 0
         rows = self.num_tokens * _ROW_BYTES
         if name == "loss_only":
             return sums + rows

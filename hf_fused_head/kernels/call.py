@@ -23,6 +23,7 @@ class Call(NamedTuple):
     attempt: Attempt | None = None  # until the host knows which labels count
     shard: VocabShard = WHOLE
     class_weight: Tensor | None = None  # of the whole vocabulary
+    lent: Tensor | None = None  # [n] float32, for row sums
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +49,26 @@ class Call(NamedTuple):
         """Memory for a tile, [num_rows, num_columns] of the operands' dtype, with aligned rows."""
         stride = -(-num_columns // 64) * 64
         return self.empty(num_rows, stride, dtype=self.head.hidden.dtype)[:, :num_columns]
+
+    def borrowing(self, lenders: list[Tensor | None]) -> Call:
+        """The same call, whose row sums lie in one of these where they fit.
+
+        Args:
+            lenders: Contiguous, written only after the statistics.
+        """
+        present = [tensor for tensor in lenders if tensor is not None]
+        if not present:
+            return self
+        largest = max(present, key=lambda tensor: tensor.nbytes).view(-1)
+        whole = largest.nbytes // 4 * 4 // largest.element_size()
+        return self._replace(lent=largest[:whole].view(torch.float32))
+
+    def row_sums(self, kinds: int, num_tiles: int, num_rows: int) -> Tensor:
+        """Memory for row sums, [kinds, tiles, rows] float32, borrowed where that is possible."""
+        size = kinds * num_tiles * num_rows
+        fits = self.lent is not None and self.lent.numel() >= size
+        memory = self.lent[:size] if fits else self.empty(size)
+        return memory.view(kinds, num_tiles, num_rows)
 
     def outputs(self, smooth: bool, entropy: bool, correct: bool, factor: bool) -> RowOutputs:
         rows = self.num_tokens

@@ -45,7 +45,6 @@ def statistics(
     Raises:
         Abandoned: If the attempt is off; nothing of the result is valid then.
     """
-    num_tiles = cdiv(call.vocab_size, call.config.block_v)
     kinds = 1 + outputs.need_best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
     # The rows that the ranks speak about at once are those that the largest of them can hold.
     tiles_held = cdiv(call.shard.largest(call.vocab_size), call.config.block_v)
@@ -58,7 +57,7 @@ def statistics(
             None if weights is None else weights.rows(rows),
             outputs.rows(rows),
             None if store is None else store[rows],
-            num_tiles,
+            kinds,
         )
         call = call._replace(attempt=None)
     return anchor
@@ -70,19 +69,17 @@ def _row_statistics(
     weights: RowWeights | None,
     outputs: RowOutputs,
     store: Tensor | None,
-    num_tiles: int,
+    kinds: int,
 ) -> None:
     """`statistics` of rows whose sums are held at once."""
-    head, labels, num_tokens = call.head, call.labels, call.num_tokens
-
-    def tiles(wanted: bool) -> Tensor | None:
-        return call.empty(num_tiles, num_tokens) if wanted else None
-
+    head, labels = call.head, call.labels
+    num_tiles = cdiv(call.vocab_size, call.config.block_v)
+    tiles = iter(call.row_sums(kinds, num_tiles, call.num_tokens))
     sums = RowSums(
-        call.empty(num_tiles, num_tokens),
-        tiles(outputs.entropy is not None),
-        tiles(outputs.smooth is not None),
-        tiles(outputs.need_best),
+        next(tiles),
+        None if outputs.entropy is None else next(tiles),
+        None if outputs.smooth is None else next(tiles),
+        next(tiles) if outputs.need_best else None,
         torch.zeros_like(anchor) if outputs.correct is not None else None,
     )
     skip = None if call.attempt is None else call.attempt.many_ignored
@@ -161,6 +158,9 @@ def chunk_gradients(
         weight=[_accumulator(t, several) for t in results.weight],
         bias=_accumulator(results.bias, several),
     )
+    # A sum of several chunks that is the gradient itself is in use from the second one on.
+    lenders = zip(results.weight, totals.weight, strict=True)
+    call = call.borrowing([t for t, total in lenders if not several or t is not total])
     for rows in chunks:
         part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
         statistics(part, part_weights, part_outputs, store)
@@ -217,6 +217,7 @@ def kept_gradients(
     """
     extra = EXTRA_ROWS if kept and weights.smooth is not None else 0
     store = call.tile(call.num_tokens + extra, kept) if kept else None
+    call = call.borrowing(results.weight)
     anchor = statistics(call, weights if kept else None, outputs, store)
     totals = None
     if store is not None:
