@@ -108,7 +108,8 @@ def saves_optimizer_itself(model: Any, args: Any) -> Iterator[None]:
     From transformers 5.23 on it refuses one whose optimizer is to be saved, which it cannot do and
     `save_optimizer` does.
     """
-    if args is None or args.save_only_model or model is None or not is_cut(model):
+    refused = getattr(model, "is_distributed_loading_by_transformers", False)
+    if args is None or args.save_only_model or not refused:
         yield
         return
     args.save_only_model = True

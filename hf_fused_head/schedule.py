@@ -397,9 +397,8 @@ class _Step:
         chunk, window, kept = tile
         sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
         # They borrow the memory of the head's gradient, unless chunks of tokens add up in there.
-        adds_up = (
-            name == "gradient_in_forward" and self.item == self.acc and chunk < self.num_tokens
-        )
+        adds_up = name == "gradient_in_forward" and chunk < self.num_tokens
+        adds_up = adds_up and (self.widened or self.item == self.acc)
         if sums <= self.vocab_size * self.grad_columns * self.item and not adds_up:
             sums = 0
         rows = self.num_tokens * _ROW_BYTES

@@ -42,11 +42,13 @@ def engine(name: str, micro_batches: int, batch_size: int) -> Iterator[dict[str,
     """Settings for `TrainingArguments`; the environment is as a launcher would set it.
 
     Args:
-        name: "fsdp2", "cp", "zero2", "zero3", "ulysses", or "tp", whose models are cut already.
+        name: "fsdp2", "cp", "zero2", "zero3", "ulysses"; or "tp" and "fsdp2_at_load", whose models
+            are cut already.
         micro_batches: A step, for DeepSpeed, which wants to know.
         batch_size: Rows of each.
     """
-    environment = {"fsdp2": _FSDP2, "cp": _FSDP2, "tp": {}}.get(name, _DEEPSPEED)
+    plain = {"fsdp2": _FSDP2, "cp": _FSDP2, "tp": {}, "fsdp2_at_load": {}}
+    environment = plain.get(name, _DEEPSPEED)
     os.environ.update(environment)
     settings: dict[str, Any] = {"use_cpu": False}
     if environment is _DEEPSPEED:

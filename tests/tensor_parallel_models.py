@@ -35,14 +35,14 @@ def loaded(family: str, **settings: Any) -> tuple[Any, Any]:
     return stock, spread(stock)
 
 
-def spread(stock: Any) -> Any:
-    """A copy of a model, as transformers spreads it over the ranks."""
+def spread(stock: Any, **settings: Any) -> Any:
+    """A copy of a model, as transformers spreads it over the ranks: by its plan, or as told."""
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     if dist.get_rank() == 0:
         stock.save_pretrained(folder[0])
     dist.barrier()
-    config = DistributedConfig(tp_plan="auto")
+    config = DistributedConfig(**(settings or {"tp_plan": "auto"}))
     return type(stock).from_pretrained(folder[0], distributed_config=config)
 
 

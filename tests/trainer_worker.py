@@ -24,6 +24,8 @@ from hf_fused_head import FusedHeadTrainer, patch_report
 
 # Momentum, since torch cannot load the state of an optimizer that has none into sharded weights.
 DESCENT = {"lr": 0.5, "momentum": 0.5}
+# By transformers' from_pretrained, with these settings of its DistributedConfig.
+CUT_WHEN_LOADED = {"tp": {"tp_plan": "auto"}, "fsdp2_at_load": {"fsdp_size": 2}}
 STEPS = 2
 ROWS = 6
 LENGTH = 12
@@ -66,7 +68,8 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
     """Losses, weights and metrics without logits; and again after a checkpoint."""
     # Under Ulysses both processes work on one row after the other, and stock counts tokens by row.
     by_row = name == "ulysses"
-    build_whole = functools.partial(build, vocab_size=VOCAB + 1) if name == "tp" else build
+    sizes = {"vocab_size": VOCAB + 1} if name in CUT_WHEN_LOADED else {}
+    build_whole = functools.partial(build, **sizes)
     # DeepSpeed's loader for it stops after an epoch that it was not asked to go beyond.
     steps = 1 if by_row else STEPS
     data: list[Any] = [
@@ -92,12 +95,14 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
         "save_strategy": "steps",
         "save_steps": 1,
     }
-    if name == "tp":
+    if name in CUT_WHEN_LOADED:
         changes |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     final = []
     for resumed in (False, True)[:steps]:
         with engine(name, micro_batches, batch_size) as settings:
-            model = spread(build_whole()) if name == "tp" else build_whole()
+            model = build_whole()
+            if name in CUT_WHEN_LOADED:
+                model = spread(model, **CUT_WHEN_LOADED[name])
             trainer: Any = FusedHeadTrainer(
                 model,
                 arguments(folder, **{**changes, **settings}),
@@ -123,13 +128,13 @@ def trains_as_one_process(name: str, folder: Path, smoothing: float) -> None:
     plain = build_whole()
     plain.load_state_dict(final[0])
     assert_metrics(metrics, "eval_", plain, data)
-    if name == "tp":
+    if name in CUT_WHEN_LOADED:
         assert_files_of_one_process(folder / "checkpoint-2", plain)
 
 
 def whole_weights(name: str, trainer: Any, folder: Path) -> dict[str, Tensor]:
     """All weights of a trainer, on rank 0 at least; all processes must come here."""
-    if name != "tp":
+    if name not in CUT_WHEN_LOADED:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
     trainer.save_model(str(folder))
     return load_file(folder / "model.safetensors")
