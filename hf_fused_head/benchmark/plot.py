@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
 
 
 def save_plot(content: dict, path: Path) -> None:
-    """Writes the picture of a document; contenders below and left of the line are the best known.
+    """Writes the picture of a document; nothing is known below and left of the grey line.
 
     Args:
         content: What `report.document` or `report.load` returns.
@@ -37,15 +37,33 @@ def save_plot(content: dict, path: Path) -> None:
     }
     columns = min(3, max(1, len(cases)))
     lines = max(1, math.ceil(len(cases) / columns))
+    peers = sorted(
+        {row["contender"] for rows in cases.values() for row in rows if _is_peer(row["contender"])}
+    )
+    # The colour of ours is left out; beyond nine peers colours repeat.
+    palette = [f"C{index}" for index in range(10) if index != 3]
+    colors = {name: palette[index % len(palette)] for index, name in enumerate(peers)}
     figure = Figure(figsize=(5.2 * columns, 4.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, (title, rows) in zip(axes, cases.items(), strict=False):
-        _draw(panel, title, rows, _floor_ms(content, title))
+        _draw(panel, title, rows, _floor_ms(content, title), colors)
     for panel in axes[len(cases) :]:
         panel.set_axis_off()
+    named = {
+        label: handle
+        for panel in axes
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=9
+    )
     device = content["header"]["device"]["name"]
     figure.suptitle(f"Time over peak memory beyond inputs, {device}", fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def _is_peer(contender: str) -> bool:
+    return not contender.startswith("ours")
 
 
 def _floor_ms(content: dict, title: str) -> float | None:
@@ -53,26 +71,32 @@ def _floor_ms(content: dict, title: str) -> float | None:
     return next((row["time_ms"] for row in rows if row["contender"] == "floor"), None)
 
 
-def _draw(panel, title: str, rows: list[dict], floor_ms: float | None) -> None:
-    for row in rows:
-        ours = row["contender"].startswith("ours")
-        point = (row["peak_bytes"] / _MIB, row["time_ms"])
-        panel.plot(*point, marker="o" if ours else "s", color="tab:red" if ours else "tab:gray")
-        panel.annotate(
-            row["contender"], point, textcoords="offset points", xytext=(5, 4), fontsize=8
-        )
-    best = _pareto([(row["peak_bytes"] / _MIB, row["time_ms"]) for row in rows])
-    panel.step(*zip(*best, strict=True), where="post", color="tab:red", alpha=0.3)
+def _draw(panel, title: str, rows: list[dict], floor_ms: float | None, colors: dict) -> None:
+    points = {row["contender"]: (row["peak_bytes"] / _MIB, row["time_ms"]) for row in rows}
+    for name, point in points.items():
+        if _is_peer(name):
+            panel.plot(*point, marker="s", linestyle="", color=colors[name], label=name)
+    ours = [point for name, point in points.items() if not _is_peer(name)]
+    if ours:
+        many = "ours, by budget" if len(ours) > 1 else "ours"
+        panel.plot(*zip(*sorted(ours), strict=True), "o-", color="tab:red", label=many)
+    panel.step(
+        *zip(*_pareto(list(points.values())), strict=True),
+        where="post",
+        color="black",
+        alpha=0.25,
+        label="best known",
+    )
     if floor_ms:
-        panel.axhline(floor_ms, color="black", linewidth=0.8, linestyle=":")
-        panel.annotate("floor", (0.01, floor_ms), xycoords=("axes fraction", "data"), fontsize=8)
+        panel.axhline(floor_ms, color="black", linewidth=0.8, linestyle=":", label="floor")
     panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_yscale("log", base=2)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:g}")
     panel.set_title(title, fontsize=9)
     panel.set_xlabel("peak memory, MiB")
     panel.set_ylabel("time, ms")
-    panel.margins(0.15)
-    panel.set_ylim(bottom=0)
+    panel.margins(0.1)
 
 
 def _pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
