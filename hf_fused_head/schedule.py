@@ -311,7 +311,8 @@ class _Step:
     def smallest_window(self) -> int:
         """Columns; of narrower windows no budget makes use."""
         window = _SMALLEST_WINDOW
-        while self.device_type == "cuda" and window < _WIDE_ENOUGH:
+        on_gpu = self.impl == "triton" and self.device_type == "cuda"
+        while on_gpu and window < _WIDE_ENOUGH:
             if self.num_tokens * self.hidden_size * window >= _SMALLEST_PRODUCT:
                 break
             window *= 2

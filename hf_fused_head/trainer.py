@@ -6,9 +6,10 @@ same value. When a metric wants predictions it takes logits out of the output; h
 for those steps and for no others. All else (gradient accumulation, token counts across devices) is
 stock code that sees a model whose loss happens to be cheap.
 
-Beside the loss one thing is not as in stock: a model that tensor parallelism cut is saved and
-resumed by all processes. transformers 5.17 asks one alone for the whole weights, whose collectives
-the others do not join, and writes that one's part of the optimizer as if it were everybody's.
+Beside the loss one thing is not as in stock: a model that tensor parallelism cut, or transformers
+when it loaded it, is saved and resumed by all processes. transformers 5.17 asks one alone for the
+whole weights, whose collectives the others do not join, and writes that one's part of the optimizer
+as if it were everybody's.
 """
 
 from __future__ import annotations

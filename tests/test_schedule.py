@@ -140,3 +140,11 @@ def test_a_schedule_explains_itself() -> None:
     assert schedule.name in text
     assert "64.0 MiB" in text
     assert str(schedule.chunk_tokens) in text
+
+
+def test_a_gpu_gets_no_window_so_narrow_that_it_waits_for_the_host() -> None:
+    """However small the budget is."""
+    sizes = {"num_tokens": 8192, "hidden_size": 1024, "vocab_size": 128256}
+    options = {"dtype": torch.bfloat16, "impl": "triton", "device_type": "cuda"}
+    needs = {"grad_hidden": True, "grad_weight": True, "per_token": True}
+    assert plan(**sizes, **options, **needs, memory_budget_mib=1).vocab_window >= 1024

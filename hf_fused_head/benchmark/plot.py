@@ -54,8 +54,9 @@ def save_plot(content: dict, path: Path) -> None:
         for panel in axes
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
+    columns = max(1, len(named))
     figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=9
+        named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=9
     )
     device = content["header"]["device"]["name"]
     figure.suptitle(f"Time over peak memory beyond inputs, {device}", fontsize=11)

@@ -45,7 +45,7 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # H100, by a prototype, 12.5 ms at 8192x4096x128256 with the exponents stored, where the tile above
 # took 15.6 ms and cuBLAS 13.1 ms for the bare product; 4.15, 4.61, 3.78 ms at 8192x1024x151936.
 # Four stages with one store buffer took up to 3 % longer, with two of a quarter tile 1 to 2 %,
-# eight or 32 row tiles a group up to 5 %, labels looked for behind the first product 3 to 10 %.
+# eight or 32 row tiles a group up to 5 %, labels looked for behind the first product up to 9 %.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
