@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 # A GPU runs a contender this long before it is timed, and as long again while it is.
 SETTLE_MS = 200
+# And rests this long before. An H100 that has drawn 780 W, above its 700 W, for 0.7 s lowers its
+# clock from 1500 to 1100 MHz for at least another 0.25 s, whatever it computes: every step then
+# takes a fifth longer, and without a rest chance says whose turn it is.
+REST_MS = 300
 
 
 def synchronize(device: torch.device) -> None:
@@ -60,6 +64,13 @@ def steps_to_settle(step: Callable[[], object], device: torch.device) -> int:
     what ran before it.
     """
     return 1 if device.type != "cuda" else max(1, round(SETTLE_MS / time_ms(step, device)))
+
+
+def rest(device: torch.device) -> None:
+    """Lets a GPU idle for `REST_MS`, so that no turn pays for the power of the one before."""
+    if device.type == "cuda":
+        synchronize(device)
+        time.sleep(REST_MS / 1e3)
 
 
 def peak_of(step: Callable[[], T], device: torch.device) -> tuple[T, int]:

@@ -56,6 +56,7 @@ class Settings:
             "warmup": self.warmup,
             "order": "one process, contenders in turn, every other repeat backwards",
             "clock": f"CUDA events, last half of {2 * measure.SETTLE_MS} ms in a row"
+            f" after {measure.REST_MS} ms of rest"
             if on_gpu
             else "wall clock",
             "time": "median; min and max beside it",
@@ -342,6 +343,7 @@ def _time(
         for lane in lanes[:: -1 if repeat % 2 else 1]:
             if lane.step is not None:
                 with Guard(lane):
+                    measure.rest(device)
                     elapsed = measure.time_ms(lane.step, device, steps[lane.record.contender])
                     if repeat >= 0:
                         samples[lane.record.contender].append(elapsed)
