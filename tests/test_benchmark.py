@@ -119,6 +119,18 @@ def test_poisoned_memory_shows_what_was_never_written() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_every_turn_begins_with_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, a turn pays for the power that the turn before it drew."""
+    calls: list[str] = []
+    time_ms = measure.time_ms
+    monkeypatch.setattr(measure, "rest", lambda device: calls.append("rest"))
+    monkeypatch.setattr(measure, "steps_to_settle", lambda step, device: 1)
+    monkeypatch.setattr(measure, "time_ms", lambda *given: calls.append("time") or time_ms(*given))
+    entrants = contenders.entrants(["floor", "ours:reference"], [])
+    suite.run_case(case("fwd", 0.0), entrants, SETTINGS, CPU, lambda: None)
+    assert calls == ["rest", "time"] * (2 * (SETTINGS.warmup + SETTINGS.repeats))
+
+
 @pytest.mark.parametrize("mode", contenders.MODES)
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_a_case_has_a_full_record_for_every_contender(mode: str, ignored: float) -> None:
