@@ -45,11 +45,11 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # H100, by a prototype, 12.5 ms at 8192x4096x128256 with the exponents stored, where the tile above
 # took 15.6 ms and cuBLAS 13.1 ms for the bare product; 4.15, 4.61, 3.78 ms at 8192x1024x151936.
 # Four stages with one store buffer took up to 3 % longer, with two of a quarter tile 1 to 2 %,
-# eight or 32 row tiles a group up to 5 %, labels looked for behind the first product up to 9 %,
+# 8, 32 or 64 row tiles a group up to 7 %, labels looked for behind the first product up to 9 %,
 # steps half as deep and twice as many up to 14 %, column tiles as groups up to 17 %.
-# At hidden size 1024 it takes 6.28 million cycles, cuBLAS 5.53 and the tensor cores alone 4.71: the
-# loads in flight let one group run three steps ahead, less than an epilogue. At the clock that the
-# card's power leaves to each, 1485 and 1440 MHz, that is 4.10 and 3.78 ms.
+# At 8192x1024x151936 it takes 6.28 million cycles with its store, cuBLAS 5.53, the tensor cores
+# alone would take 4.71: one group can lead by no more steps than are in flight, which may be less
+# than an epilogue. At the clocks that the card's power left them, 4.10 and 3.78 ms.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
