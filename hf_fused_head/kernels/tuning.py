@@ -48,8 +48,8 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # 8, 32 or 64 row tiles a group up to 7 %, labels looked for behind the first product up to 9 %,
 # steps half as deep and twice as many up to 14 %, column tiles as groups up to 17 %.
 # At 8192x1024x151936 it takes 6.28 million cycles with its store, cuBLAS 5.53, the tensor cores
-# alone would take 4.71: one group can lead by no more steps than are in flight, which may be less
-# than an epilogue. At the clocks that the card's power left them, 4.10 and 3.78 ms.
+# alone would take 4.71: the epilogues are hardly hidden (`pingpong`). At the clocks that the card's
+# power left them, 4.10 and 3.78 ms.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
