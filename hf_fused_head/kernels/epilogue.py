@@ -12,29 +12,43 @@ LOWEST = tl.constexpr(-200.0)
 
 
 @triton.jit
-def _store_smooth(shifted, offs_v, place, mask_t, vocab_size, class_weight_ptr, smooth_ptr):
-    """Writes the row sums of the shifted logits, weighted; the label's among them."""
+def _smooth_sum(shifted, offs_v, vocab_size, class_weight_ptr):
+    """The row sums of the shifted logits, weighted; the label's among them."""
     inside = offs_v < vocab_size
     spread = shifted
     if class_weight_ptr is not None:
         weight = tl.load(class_weight_ptr + offs_v, mask=inside, other=0.0)
         spread *= weight.to(tl.float32)[None, :]
-    spread = tl.where(inside[None, :], spread, 0.0)
-    tl.store(smooth_ptr + place, tl.sum(spread, 1), mask=mask_t)
+    return tl.sum(tl.where(inside[None, :], spread, 0.0), 1)
 
 
 @triton.jit
-def _store_sums(shifted, exponents, place, mask_t, total_ptr, entropy_ptr, best_ptr):
-    """Writes a tile's row sums, from shifted logits that are -inf where they do not count."""
-    tl.store(total_ptr + place, tl.sum(exponents, 1), mask=mask_t)
+def _entropy_sum(shifted, exponents, best):
+    """A tile's part of the entropy, counted from its own row maxima.
+
+    Counted from the anchor, which may lie 40 nats below, the entropy would be the small difference
+    of two sums, each with the rounding of its own order of summation.
+    """
+    around = tl.maximum(shifted, LOWEST) - tl.maximum(best, LOWEST)[:, None]
+    return tl.sum(exponents * around, 1)
+
+
+@triton.jit
+def store_sums(
+    sums, offs_t, first_v, WIDTH, num_tokens, total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr
+):
+    """Writes the row sums of a tile of `WIDTH` columns that `epilogue` returned."""
+    total, entropy_sum, smooth_sum, best = sums
+    mask_t = offs_t < num_tokens
+    place = (first_v // WIDTH).to(tl.int64) * num_tokens + offs_t
+    if total_ptr is not None:
+        tl.store(total_ptr + place, total, mask=mask_t)
+    if entropy_sum_ptr is not None:
+        tl.store(entropy_sum_ptr + place, entropy_sum, mask=mask_t)
+    if smooth_sum_ptr is not None:
+        tl.store(smooth_sum_ptr + place, smooth_sum, mask=mask_t)
     if best_ptr is not None:
-        best = tl.max(shifted, 1)
         tl.store(best_ptr + place, best, mask=mask_t)
-        if entropy_ptr is not None:
-            # Counted from the anchor, which may lie 40 nats below, the entropy would be the small
-            # difference of two sums, each with the rounding of its own order of summation.
-            around = tl.maximum(shifted, LOWEST) - tl.maximum(best, LOWEST)[:, None]
-            tl.store(entropy_ptr + place, tl.sum(exponents * around, 1), mask=mask_t)
 
 
 @triton.jit
@@ -46,6 +60,13 @@ def load_rows(labels_ptr, shift_ptr, offs_t, num_tokens):
 
 
 @triton.jit
+def labels_among(labels, first_v, end_v, vocab_start):
+    """Whether a tile of these columns holds the label of one of its rows: few tiles do."""
+    labels = (labels - vocab_start).to(tl.int32)
+    return tl.max(((labels >= first_v) & (labels < end_v)).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def epilogue(
     acc,
     offs_t,
@@ -53,6 +74,7 @@ def epilogue(
     first_v,
     labels,
     shift,
+    holds_label,
     num_tokens,
     vocab_size,
     vocab_start,
@@ -71,39 +93,40 @@ def epilogue(
     eta_ptr,
     entropy_ptr,
 ):
-    """Turns accumulated products into the tile to be stored, float32, and writes the row sums.
+    """Turns accumulated products into the tile to be stored, float32, and its row sums.
 
-    `labels` and `shift` are what `load_rows` returns; `first_v` is the first of `offs_v`. Without
-    `alpha_ptr` the tile holds exp(z - anchor), zero at the label and times the softcap's slope;
-    with it, the gradient of the accumulated products.
+    `labels` and `shift` are what `load_rows` returns; `first_v` is the first of `offs_v`, and
+    `holds_label` what `labels_among` says of them. Without `alpha_ptr` the tile holds
+    exp(z - anchor), zero at the label and times the softcap's slope; with it, the gradient of the
+    accumulated products. The sums are for `store_sums`; those without a pointer mean nothing.
     """
     mask_t = offs_t < num_tokens
     labels = (labels - vocab_start).to(tl.int32)
-    # Few tiles hold a label of one of their rows, and only the last ones columns beyond V: the
-    # others are spared two comparisons and a choice an element.
     end_v = first_v + offs_v.shape[0]
-    here = (labels >= first_v) & (labels < end_v)
-    holds_label = tl.max(here.to(tl.int32), 0) > 0
     logits = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
     shifted = logits - shift[:, None]
+    total, entropy_sum, smooth_sum, best = shift, shift, shift, shift
     if alpha_ptr is None:
-        place = (first_v // offs_v.shape[0]).to(tl.int64) * num_tokens + offs_t
         if smooth_sum_ptr is not None:
-            _store_smooth(
-                shifted, offs_v, place, mask_t, vocab_size, class_weight_ptr, smooth_sum_ptr
-            )
+            smooth_sum = _smooth_sum(shifted, offs_v, vocab_size, class_weight_ptr)
+        # Most tiles hold no label, and only the last ones columns beyond V: the others are spared
+        # two comparisons and a choice an element.
         if holds_label | (end_v > vocab_size):
             at_label = offs_v[None, :] == labels[:, None]
             if target_shifted_ptr is not None:
                 # A label beyond V is another rank's.
-                own = mask_t & here & (labels < vocab_size)
+                own = mask_t & (labels >= first_v) & (labels < end_v) & (labels < vocab_size)
                 target_shifted = tl.sum(tl.where(at_label, shifted, 0.0), 1)
                 tl.store(target_shifted_ptr + offs_t, target_shifted, mask=own)
             outside = at_label | (offs_v >= vocab_size)[None, :]
             shifted = tl.where(outside, float("-inf"), shifted)
         tile = tl.exp2(shifted * LOG2E)
         if total_ptr is not None:
-            _store_sums(shifted, tile, place, mask_t, total_ptr, entropy_sum_ptr, best_ptr)
+            total = tl.sum(tile, 1)
+        if best_ptr is not None:
+            best = tl.max(shifted, 1)
+        if entropy_sum_ptr is not None:
+            entropy_sum = _entropy_sum(shifted, tile, best)
         if softcap is not None:
             tile *= softcap_slope(logits, softcap)
     else:
@@ -131,4 +154,4 @@ def epilogue(
             tile *= softcap_slope(logits, softcap)
         if logit_scale is not None:
             tile *= logit_scale
-    return tile
+    return tile, (total, entropy_sum, smooth_sum, best)

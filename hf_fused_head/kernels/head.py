@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_head.kernels.epilogue import epilogue, load_rows
+from hf_fused_head.kernels.epilogue import epilogue, labels_among, load_rows, store_sums
 from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
 from hf_fused_head.kernels.product import accumulate_product, tile_position
 from hf_fused_head.kernels.tuning import TileConfig, cdiv, interpreted, low_rank_block
@@ -102,14 +102,16 @@ def _head_descriptor_kernel(
                 PRECISION,
                 UPCAST,
             )
+        first_v = pid_v * BLOCK_V
         labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
-        tile = epilogue(
+        tile, sums = epilogue(
             acc,
             offs_t,
             offs_v,
-            pid_v * BLOCK_V,
+            first_v,
             labels,
             shift,
+            labels_among(labels, first_v, first_v + BLOCK_V, vocab_start),
             num_tokens,
             vocab_size,
             vocab_start,
@@ -128,6 +130,8 @@ def _head_descriptor_kernel(
             eta_ptr,
             entropy_ptr,
         )
+        pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
+        store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
         if store_desc is not None:
             out = tile.to(store_desc.dtype)
             if HALVES:
@@ -226,14 +230,16 @@ def _head_pointer_kernel(
             PRECISION,
             UPCAST,
         )
+    first_v = pid_v * BLOCK_V
     labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
-    tile = epilogue(
+    tile, sums = epilogue(
         acc,
         offs_t,
         offs_v,
-        pid_v * BLOCK_V,
+        first_v,
         labels,
         shift,
+        labels_among(labels, first_v, first_v + BLOCK_V, vocab_start),
         num_tokens,
         vocab_size,
         vocab_start,
@@ -252,6 +258,8 @@ def _head_pointer_kernel(
         eta_ptr,
         entropy_ptr,
     )
+    pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
+    store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
     if store_ptr is not None:
         store_ptrs = store_ptr + offs_t.to(tl.int64)[:, None] * stride_store_t + offs_v[None, :]
         mask = (offs_t < num_tokens)[:, None] & (offs_v < vocab_size)[None, :]

@@ -1,13 +1,14 @@
-"""The head's product on Hopper: one warp loads, two groups of four multiply.
+"""The head's product on Hopper, part of its exponents behind the product of the next tile.
 
 By their rates, the exponentials keep a multiprocessor's special function units busy for an eighth
 (hidden size 1024) to a thirtieth (4096) of the time that its tensor cores need for the product, and
-warps that make them cannot start the next product. Here each group multiplies 64 rows of every tile
-and nothing holds the two in step but the operands in flight, so that one of them may multiply while
-the other one makes exponents. They seldom do: in a copy of this kernel with clocks, and with left
-and right columns of a tile multiplied apart, the groups finished a product 300 cycles from each
-other on average and took 3,700 to 4,500 for the epilogue (8192x1024x151936, one H100). Both wait
-for the same loads, which may be why.
+waiting for them is most of what a plain kernel loses. Here one warp loads, and two groups of four
+multiply 64 rows of every tile each, left and right columns apart: before a group finishes the right
+columns of one tile, it begins the left columns of the next.
+
+It does not rely on one group multiplying while the other makes exponents: clocks in the kernel say
+that both, which wait for the same loads, finish a product within 300 cycles of each other, and
+forcing them apart made it slower.
 
 Triton has no word for this; Gluon, its lower dialect, has. The epilogue is written once: Gluon
 reads the source of the Triton functions with its own language in place of Triton's.
@@ -56,12 +57,14 @@ _tile_position = _in_gluon(product.tile_position)
 _softcap_slope = _in_gluon(product.softcap_slope)
 _logits_of = _in_gluon(product.logits_of, tanh=_in_gluon(product.tanh))
 _load_rows = _in_gluon(tile_epilogue.load_rows)
+_labels_among = _in_gluon(tile_epilogue.labels_among)
+_store_sums = _in_gluon(tile_epilogue.store_sums)
 _epilogue = _in_gluon(
     tile_epilogue.epilogue,
     logits_of=_logits_of,
     softcap_slope=_softcap_slope,
-    _store_smooth=_in_gluon(tile_epilogue._store_smooth),
-    _store_sums=_in_gluon(tile_epilogue._store_sums),
+    _smooth_sum=_in_gluon(tile_epilogue._smooth_sum),
+    _entropy_sum=_in_gluon(tile_epilogue._entropy_sum),
 )
 
 
@@ -101,27 +104,39 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
 
 
 @gluon.jit
+def _multiply_half(
+    acc, hidden_bufs, weight_bufs, slot, fresh, WHO: gl.constexpr, HALF: gl.constexpr
+):
+    """Begins one step of a group's product with the left (0) or right (1) half of a tile."""
+    COLUMNS: gl.constexpr = weight_bufs.type.shape[1] // 2
+    weight = weight_bufs.index(slot).slice(HALF * COLUMNS, COLUMNS, 0).permute((1, 0))
+    hidden = hidden_bufs.index(2 * slot + WHO)
+    return warpgroup_mma(hidden, weight, acc, use_acc=not fresh, is_async=True)
+
+
+@gluon.jit
 def _finish_half(
     acc,
-    store,
     first_t,
     first_v,
     labels,
     shift,
+    holds_label,
+    store,
     sizes,
     epilogue,
     WHO: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Row sums and, with a store, the stored tile of half of a product's columns."""
-    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    columns: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-    offs_t = first_t + gl.arange(0, acc.shape[0], layout=rows)
-    offs_v = first_v + gl.arange(0, acc.shape[1], layout=columns)
-    # A row's place in the warps is the same in the halves as in the whole.
-    labels = gl.convert_layout(labels, rows, assert_trivial=True)
-    shift = gl.convert_layout(shift, rows, assert_trivial=True)
-    tile = _epilogue(acc, offs_t, offs_v, first_v, labels, shift, *sizes, *epilogue)
+    COLUMNS: gl.constexpr = acc.shape[1]
+    offs_t = first_t + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+    offs_v = first_v + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout))
+    rows = (labels, shift, holds_label)
+    options, sum_ptrs, row_ptrs = epilogue
+    tile, sums = _epilogue(
+        acc, offs_t, offs_v, first_v, *rows, *sizes, *options, *sum_ptrs, *row_ptrs
+    )
     store_desc, out_bufs = store
     if store_desc is not None:
         # What this half wrote one tile ago has left its buffer. The second half lets the first one
@@ -131,6 +146,9 @@ def _finish_half(
         out_buf.store(tile.to(store_desc.dtype))
         fence_async_shared()
         _store(store_desc, [first_t, first_v], out_buf)
+    # Behind the fence, which would wait for them.
+    num_tokens, _ = sizes
+    _store_sums(sums, offs_t, first_v, COLUMNS, num_tokens, *sum_ptrs)
 
 
 @gluon.jit
@@ -148,44 +166,77 @@ def _multiply(
     """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
     num_tokens, vocab_size = sizes
     labels_ptr, shift_ptr = rows
+    vocab_start = epilogue[0][0]
     hidden_bufs, weight_bufs, ready, free = buffers
     num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
     ROWS: gl.constexpr = hidden_bufs.type.shape[1]
-    BLOCK_V: gl.constexpr = weight_bufs.type.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
+    COLUMNS: gl.constexpr = weight_bufs.type.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    # Every warp holds all rows: it finds their labels without a word to the others.
+    every_warp: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [4], [0])
+    # What the tile before the first owes: the right half of nothing.
+    right = gl.zeros((ROWS, COLUMNS), dtype=gl.float32, layout=layout)
+    right_t = 0
+    right_v = vocab_size
+    right_labels = gl.zeros((ROWS,), dtype=gl.int64, layout=rows_layout)
+    right_shift = gl.zeros((ROWS,), dtype=gl.float32, layout=rows_layout)
+    right_holds = False
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
         first_t = pid_t * 2 * ROWS + WHO * ROWS
-        offs_t = first_t + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        first_v = pid_v * 2 * COLUMNS
         # Loaded before they are needed: they arrive behind the product.
+        offs_t = first_t + gl.arange(0, ROWS, layout=rows_layout)
         labels, shift = _load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
-        acc = gl.zeros((ROWS, BLOCK_V), dtype=gl.float32, layout=layout)
-        last = 0
-        for step in range(num_steps + num_low_steps):
-            mbarrier.wait(ready.index(slot), phase)
-            hidden, weight = hidden_bufs.index(2 * slot + WHO), weight_bufs.index(slot)
-            running = warpgroup_mma(
-                hidden, weight.permute((1, 0)), acc, use_acc=step > 0, is_async=True
-            )
-            # One product stays in flight; the one before it has read its operands.
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(running,))
-            mbarrier.arrive(free.index(last), count=1, pred=step > 0)
+        offs_t = first_t + gl.arange(0, ROWS, layout=every_warp)
+        all_labels = gl.load(labels_ptr + offs_t, mask=offs_t < num_tokens, other=-1)
+
+        left = gl.zeros((ROWS, COLUMNS), dtype=gl.float32, layout=layout)
+        mbarrier.wait(ready.index(slot), phase)
+        left = _multiply_half(left, hidden_bufs, weight_bufs, slot, True, WHO, 0)
+        # Says that the right half is complete, which the compiler does not see across the loop.
+        right = warpgroup_mma_wait(num_outstanding=1, deps=(right,))
+        # The last tile may have no column of the vocabulary in its right half.
+        if right_v < vocab_size:
+            half = (right_t, right_v, right_labels, right_shift, right_holds)
+            _finish_half(right, *half, store, sizes, epilogue, WHO, 1)
+        right = gl.zeros((ROWS, COLUMNS), dtype=gl.float32, layout=layout)
+        right = _multiply_half(right, hidden_bufs, weight_bufs, slot, True, WHO, 1)
+        middle = first_v + COLUMNS
+        left_holds = _labels_among(all_labels, first_v, middle, vocab_start)
+        right_holds = _labels_among(all_labels, middle, middle + COLUMNS, vocab_start)
+        # Waits for nothing: only makes of both what the loop carries.
+        left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+        for _ in range(num_steps + num_low_steps - 1):
             last = slot
             slot += 1
             if slot == STAGES:
                 slot = 0
                 phase ^= 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(free.index(last), count=1)
-        halves = acc.reshape([ROWS, 2, BLOCK_V // 2]).permute((0, 2, 1)).split()
-        for half in gl.static_range(2):
-            first_v = pid_v * BLOCK_V + half * BLOCK_V // 2
-            # The last tile may have no column of the vocabulary in its second half.
-            if first_v < vocab_size:
-                rows_of_tile = (first_t, first_v, labels, shift)
-                _finish_half(halves[half], store, *rows_of_tile, sizes, epilogue, WHO, half)
+            mbarrier.wait(ready.index(slot), phase)
+            left = _multiply_half(left, hidden_bufs, weight_bufs, slot, False, WHO, 0)
+            right = _multiply_half(right, hidden_bufs, weight_bufs, slot, False, WHO, 1)
+            # One step stays in flight; the one before it has read its operands.
+            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            mbarrier.arrive(free.index(last), count=1)
+        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        mbarrier.arrive(free.index(slot), count=1)
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+        half = (first_t, first_v, labels, shift, left_holds)
+        _finish_half(left, *half, store, sizes, epilogue, WHO, 0)
+        right_t = first_t
+        right_v = middle
+        right_labels = labels
+        right_shift = shift
+    if right_v < vocab_size:
+        half = (right_t, right_v, right_labels, right_shift, right_holds)
+        _finish_half(right, *half, store, sizes, epilogue, WHO, 1)
     if store[0] is not None:
         tma.store_wait(0)
 
@@ -255,23 +306,10 @@ def _head_pingpong_kernel(
     operands = (hidden_desc, weight_desc, low_desc, low_weight_desc)
     buffers = (hidden_bufs, weight_bufs, ready, free)
     rows = (labels_ptr, shift_ptr)
-    epilogue = (
-        vocab_start,
-        bias_ptr,
-        class_weight_ptr,
-        logit_scale,
-        softcap,
-        total_ptr,
-        entropy_sum_ptr,
-        smooth_sum_ptr,
-        best_ptr,
-        target_shifted_ptr,
-        alpha_ptr,
-        target_ptr,
-        gamma_ptr,
-        eta_ptr,
-        entropy_ptr,
-    )
+    options = (vocab_start, bias_ptr, class_weight_ptr, logit_scale, softcap)
+    sum_ptrs = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
+    row_ptrs = (target_shifted_ptr, alpha_ptr, target_ptr, gamma_ptr, eta_ptr, entropy_ptr)
+    epilogue = (options, sum_ptrs, row_ptrs)
     store = (store_desc, out_bufs)
     sizes = (num_tokens, vocab_size)
     gl.warp_specialize(

@@ -42,14 +42,12 @@ class TileConfig(NamedTuple):
 # 12.2, tiles of 256x128 13.4 and two programs of 128x128 a multiprocessor 16.7.
 HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # Hopper where Gluon is known: two tiles side by side for two groups of warps. In one run on an
-# H100, by a prototype, 12.5 ms at 8192x4096x128256 with the exponents stored, where the tile above
-# took 15.6 ms and cuBLAS 13.1 ms for the bare product; 4.15, 4.61, 3.78 ms at 8192x1024x151936.
-# Four stages with one store buffer took up to 3 % longer, with two of a quarter tile 1 to 2 %,
+# H100, 12.1 ms at 8192x4096x128256 with the exponents stored and 11.6 ms without, where cuBLAS took
+# 11.8 ms for the bare product; 3.96, 3.72 and 3.76 ms at 8192x1024x151936. With an earlier kernel,
+# four stages with one store buffer took up to 3 % longer, two buffers of a quarter tile 1 to 2 %,
 # 8, 32 or 64 row tiles a group up to 7 %, labels looked for behind the first product up to 9 %,
-# steps half as deep and twice as many up to 14 %, column tiles as groups up to 17 %.
-# At 8192x1024x151936 it takes 6.28 million cycles with its store, cuBLAS 5.53, the tensor cores
-# alone would take 4.71: the epilogues are hardly hidden (`pingpong`). At the clocks that the card's
-# power left them, 4.10 and 3.78 ms.
+# steps half as deep and twice as many up to 14 %, column tiles as groups up to 17 %; with this one,
+# a second step of the next product before the last columns are finished up to 9 %.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
