@@ -47,7 +47,7 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # four stages with one store buffer took up to 3 % longer, two buffers of a quarter tile 1 to 2 %,
 # 8, 32 or 64 row tiles a group up to 7 %, labels looked for behind the first product up to 9 %,
 # steps half as deep and twice as many up to 14 %, column tiles as groups up to 17 %; with this one,
-# a second step of the next product before the last columns are finished up to 9 %.
+# a second step of the next product before the last columns are finished up to 8 %.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
 # Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
