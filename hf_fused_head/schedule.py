@@ -411,10 +411,10 @@ class _Step:
         """What `fused` allocates: kept exponentials or a window, row sums, float32 gradients."""
         chunk, window, kept = tile
         sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
-        # They borrow the memory of the head's gradient, unless chunks of tokens add up in there.
-        adds_up = name == "gradient_in_forward" and chunk < self.num_tokens
-        adds_up = adds_up and (self.widened or self.item == self.acc)
-        if sums <= self.vocab_size * self.grad_columns * self.item and not adds_up:
+        several = name == "gradient_in_forward" and chunk < self.num_tokens
+        weight = self.vocab_size * self.grad_columns * self.item
+        # They borrow the memory of the head's gradient, unless chunks of tokens add up instead.
+        if sums <= weight and not several:
             sums = 0
         rows = self.num_tokens * _ROW_BYTES
         if name == "loss_only":
@@ -426,9 +426,12 @@ class _Step:
         if self.shared_hidden and self.item != self.acc and name == "gradient_in_forward":
             scaled += chunk * self.hidden_size * self.acc
         if name == "gradient_in_forward":
-            several = chunk < self.num_tokens
-            weight = self.weight_sum(self.vocab_size if several else 0, name)
-            return chunk * self.vocab_size * self.item + sums + weight + rows + scaled
+            total = self.weight_sum(self.vocab_size if several else 0, name)
+            tile = chunk * self.vocab_size * self.item + sums + scaled
+            if several and total and not self.widened:
+                # The head's gradient is rounded from its sum where the tile was.
+                tile = max(tile - weight, 0)
+            return tile + total + rows
         columns = max(window, round(kept * self.vocab_size))
         hidden = 0
         several = columns < self.vocab_size or self.shared_hidden

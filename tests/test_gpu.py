@@ -206,9 +206,11 @@ def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
 
 
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("budget_mib", [64, 128, 512])
-def test_memory_stays_within_the_plan(budget_mib, smoothing):
-    hidden, weight, labels = trained_head(4096, 1024, 32_000)
+@pytest.mark.parametrize(
+    ("num_tokens", "budget_mib", "chunks"), [(4096, 64, 1), (4096, 512, 1), (16_384, 384, 4)]
+)
+def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing):
+    hidden, weight, labels = trained_head(num_tokens, 1024, 32_000)
     operands = plain_head(hidden, weight)
     mean_gradients(operands, labels, budget_mib, smoothing)
     torch.cuda.synchronize()
@@ -217,7 +219,7 @@ def test_memory_stays_within_the_plan(budget_mib, smoothing):
     kept = mean_gradients(operands, labels, budget_mib, smoothing)
     peak = torch.cuda.max_memory_allocated() - before
     schedule = plan(
-        num_tokens=4096,
+        num_tokens=num_tokens,
         hidden_size=1024,
         vocab_size=32_000,
         dtype=torch.bfloat16,
@@ -228,6 +230,7 @@ def test_memory_stays_within_the_plan(budget_mib, smoothing):
         memory_budget_mib=budget_mib,
         smoothing=smoothing,
     )
+    assert num_tokens == chunks * schedule.chunk_tokens
     assert peak <= schedule.workspace_bytes + schedule.gradient_bytes + 2**21
     del kept
 

@@ -151,16 +151,35 @@ def chunk_gradients(
     num_chunks = cdiv(call.num_tokens, chunk_tokens)
     # Chunks of one size rather than a short last one.
     chunks = _slices(call.num_tokens, whole(cdiv(call.num_tokens, num_chunks)))
+    if len(chunks) == 1:
+        _add_chunks(call.borrowing(results.weight), chunks, weights, outputs, results, results)
+        return
+    # Where float32 sums take their place, the head's gradients are written when the tile is gone:
+    # until then they have no memory.
+    rounded = [t for t in results.weight if t is not None and t.dtype != torch.float32]
+    for grad in rounded:
+        grad.untyped_storage().resize_(0)
+    totals = results._replace(
+        weight=[_accumulator(t, True) for t in results.weight],
+        bias=_accumulator(results.bias, True),
+    )
+    _add_chunks(call, chunks, weights, outputs, totals, results)
+    for grad in rounded:
+        grad.untyped_storage().resize_(grad.nbytes)
+    _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
+
+
+def _add_chunks(
+    call: Call,
+    chunks: list[slice],
+    weights: RowWeights,
+    outputs: RowOutputs,
+    totals: Totals,
+    results: Totals,
+) -> None:
+    """`chunk_gradients`, all but the rounding; the tile lives only in here."""
     extra = 0 if weights.smooth is None else EXTRA_ROWS
     store = call.tile(chunks[0].stop + extra, call.vocab_size)
-    several = len(chunks) > 1
-    totals = results._replace(
-        weight=[_accumulator(t, several) for t in results.weight],
-        bias=_accumulator(results.bias, several),
-    )
-    # A sum of several chunks that is the gradient itself is in use from the second one on.
-    lenders = zip(results.weight, totals.weight, strict=True)
-    call = call.borrowing([t for t, total in lenders if not several or t is not total])
     for rows in chunks:
         part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
         statistics(part, part_weights, part_outputs, store)
@@ -189,7 +208,6 @@ def chunk_gradients(
         for wait in waits:
             wait()
         _copy(part_totals.hidden, part_results.hidden)
-    _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
 
 
 def kept_gradients(
