@@ -427,11 +427,11 @@ class _Step:
             scaled += chunk * self.hidden_size * self.acc
         if name == "gradient_in_forward":
             total = self.weight_sum(self.vocab_size if several else 0, name)
-            tile = chunk * self.vocab_size * self.item + sums + scaled
+            made = chunk * self.vocab_size * self.item + sums + scaled
             if several and total and not self.widened:
                 # The head's gradient is rounded from its sum where the tile was.
-                tile = max(tile - weight, 0)
-            return tile + total + rows
+                made = max(made - weight, 0)
+            return made + total + rows
         columns = max(window, round(kept * self.vocab_size))
         hidden = 0
         several = columns < self.vocab_size or self.shared_hidden
