@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_fused_head.options import Needs, Operands, RowStats
 from hf_fused_head.products import Gradients, Products
-from hf_fused_head.schedule import Schedule, block_bytes, plan
+from hf_fused_head.schedule import Schedule, plan
 from hf_fused_head.tiles import (
     Scratch,
     Tally,
@@ -26,6 +26,7 @@ from hf_fused_head.tiles import (
     finish_gradient,
     row_gradient,
 )
+from hf_fused_head.workspace import block_bytes
 
 
 def forward(

@@ -42,7 +42,8 @@ from hf_fused_head.kernels.operands import (
 from hf_fused_head.kernels.rows import launch_count, launch_multiply
 from hf_fused_head.kernels.tuning import GLUON, cdiv, interpreted, knows_gluon, tile_config
 from hf_fused_head.options import Needs, Operands, RowStats
-from hf_fused_head.schedule import TRITON_SUMS_BYTES, Schedule, plan
+from hf_fused_head.schedule import Schedule, plan
+from hf_fused_head.workspace import TRITON_SUMS_BYTES
 
 # Compute capabilities of the devices on which the tests of this engine have passed.
 _VERIFIED = {(9, 0)}

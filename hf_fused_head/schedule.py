@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import torch
 
+from hf_fused_head.workspace import Problem, Tile
+
 # One number for every device: no probing of free memory, so a run is the same everywhere.
 DEFAULT_MEMORY_BUDGET_MIB = 1024
 
@@ -50,19 +52,6 @@ _SMALLEST_WINDOW = 256
 # wide cost no memory worth speaking of, and are not made wider for it.
 _SMALLEST_PRODUCT = 2**34
 _WIDE_ENOUGH = 1024
-
-# "torch" goes over a tile in blocks of this size, so that what lies beside it is no second tile.
-# Blocks that fit a cache gain nothing here, and on a busy machine every block is a barrier more:
-# 8 MiB took 2.2 times as long as 200 MiB then (two cores), 24 MiB 1.3 times.
-_BLOCK_BYTES = {"cpu": 48 * 2**20, "cuda": 128 * 2**20}
-
-# Row sums of the "triton" engine: float32, one a tile of this many columns, up to four kinds. It
-# makes statistics of fewer rows at once rather than hold more than this.
-_SUM_COLUMNS = 128
-_SUM_BYTES = 16
-TRITON_SUMS_BYTES = 32 * 2**20
-# Per-row vectors of the "triton" engine.
-_ROW_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -209,13 +198,6 @@ def schedules(
     return sorted(best, key=step.rank)
 
 
-def block_bytes(device_type: str) -> int:
-    """The size of the blocks in which "torch" goes over a tile."""
-    return _BLOCK_BYTES.get(device_type, _BLOCK_BYTES["cuda"])
-
-
-_Tile = tuple[int, int, float]  # tokens, columns, kept share
-
 _REASONS = {
     "loss_only": "nobody needs a gradient",
     "gradient_in_forward": "gradients are made in the forward, chunk by chunk of the tokens",
@@ -225,23 +207,9 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One problem: its sizes, and what every schedule would cost it."""
+class _Step(Problem):
+    """One problem and its budget: what every schedule would cost it."""
 
-    num_tokens: int
-    hidden_size: int
-    vocab_size: int
-    item: int
-    acc: int
-    impl: str
-    device_type: str
-    grad_hidden: bool
-    grad_weight: bool
-    grad_columns: int
-    scratch_blocks: int
-    smoothing: bool
-    shared_hidden: bool
-    widened: bool
     budget: int
     asked: int | None = None  # the budget before it was raised
 
@@ -263,7 +231,7 @@ class _Step:
         workspace, _, tile = min(cheap)
         return self.schedule(name, tile, workspace)
 
-    def tiles(self, name: str) -> Iterator[_Tile]:
+    def tiles(self, name: str) -> Iterator[Tile]:
         """Every tile that the engine could use for this schedule."""
         if self.impl == "reference":
             yield self.num_tokens, self.vocab_size, 0.0
@@ -275,7 +243,7 @@ class _Step:
         else:
             yield from self.chunked_tiles(whole_rows=name == "gradient_in_forward")
 
-    def chunked_tiles(self, whole_rows: bool) -> Iterator[_Tile]:
+    def chunked_tiles(self, whole_rows: bool) -> Iterator[Tile]:
         """Chunks of tokens times windows; with whole rows a window is of the weights only."""
         converts = self.impl == "torch" and self.item != self.acc
         largest = self.num_tokens * self.vocab_size
@@ -286,10 +254,10 @@ class _Step:
                 if chunk * (self.vocab_size if whole_rows else window) <= largest:
                     yield chunk, window, 0.0
 
-    def kept_tiles(self) -> Iterator[_Tile]:
+    def kept_tiles(self) -> Iterator[Tile]:
         """As many whole kept columns as the budget holds, with every window that is no wider."""
         column = self.num_tokens * self.item
-        free = self.budget - self.triton_workspace("hybrid", (self.num_tokens, 0, 0.0))
+        free = self.budget - self.workspace("hybrid", (self.num_tokens, 0, 0.0))
         columns = min(free // column, self.vocab_size - 1) // _SMALLEST_WINDOW * _SMALLEST_WINDOW
         columns = max(columns, min(self.smallest_window, self.vocab_size))
         for window in self.windows():
@@ -334,7 +302,7 @@ class _Step:
                 yield window * 3 // 2
             window *= 2
 
-    def cost(self, name: str, tile: _Tile) -> float:
+    def cost(self, name: str, tile: Tile) -> float:
         """Modelled passes, restarts included."""
         chunk, window, kept = tile
         restart = _RESTART.get(self.device_type, _RESTART["cuda"])
@@ -373,84 +341,7 @@ class _Step:
             return 1
         return 1 + backward if name == "gradient_in_forward" else 2 + backward - kept
 
-    def workspace(self, name: str, tile: _Tile) -> int:
-        """Bytes beyond inputs, outputs and gradients in their own dtype."""
-        if self.impl == "reference":
-            # Logits, probabilities, their gradient and two intermediates; operands in `acc`.
-            operands = (self.num_tokens + self.vocab_size) * self.hidden_size
-            return (5 * self.num_tokens * self.vocab_size + 2 * operands) * self.acc
-        if self.impl == "triton":
-            return self.triton_workspace(name, tile)
-        return self.torch_workspace(name, tile)
-
-    def torch_workspace(self, name: str, tile: _Tile) -> int:
-        """What `bounded` allocates: tile, scratch blocks, conversions and sums."""
-        chunk, window, _ = tile
-        whole = name == "gradient_in_forward"
-        columns = self.vocab_size if whole else window
-        logits = chunk * columns * self.acc
-        row = columns * self.acc
-        scratch = min(logits, max(row, block_bytes(self.device_type) // row * row))
-        # A tile, scratch blocks, and vectors per token and per column.
-        total = (
-            logits
-            + self.scratch_blocks * scratch
-            + (32 * self.num_tokens + 4 * self.vocab_size) * self.acc
-        )
-        if self.item == self.acc:
-            return total
-        total += (window + chunk) * self.hidden_size * self.acc
-        total += chunk * window * self.item
-        if self.grad_hidden:
-            rows = chunk if whole else self.num_tokens
-            total += rows * self.hidden_size * self.acc
-        rows = self.vocab_size if whole and chunk < self.num_tokens else window
-        return total + self.weight_sum(rows, name)
-
-    def triton_workspace(self, name: str, tile: _Tile) -> int:
-        """What `fused` allocates: kept exponentials or a window, row sums, float32 gradients."""
-        chunk, window, kept = tile
-        sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
-        several = name == "gradient_in_forward" and chunk < self.num_tokens
-        weight = self.vocab_size * self.grad_columns * self.item
-        # They borrow the memory of the head's gradient, unless chunks of tokens add up instead.
-        if sums <= weight and not several:
-            sums = 0
-        rows = self.num_tokens * _ROW_BYTES
-        if name == "loss_only":
-            return sums + rows
-        # Scaled hidden states borrow the memory of their gradient, where there is one and no rank
-        # shares it; not with the rows that smoothing appends to them.
-        borrowed = self.grad_hidden and not (self.smoothing or self.shared_hidden)
-        scaled = 0 if borrowed else chunk * self.hidden_size * self.item
-        if self.shared_hidden and self.item != self.acc and name == "gradient_in_forward":
-            scaled += chunk * self.hidden_size * self.acc
-        if name == "gradient_in_forward":
-            total = self.weight_sum(self.vocab_size if several else 0, name)
-            made = chunk * self.vocab_size * self.item + sums + scaled
-            if several and total and not self.widened:
-                # The head's gradient is rounded from its sum where the tile was.
-                made = max(made - weight, 0)
-            return made + total + rows
-        columns = max(window, round(kept * self.vocab_size))
-        hidden = 0
-        several = columns < self.vocab_size or self.shared_hidden
-        if self.grad_hidden and self.item != self.acc and several:
-            hidden = self.num_tokens * self.hidden_size * self.acc
-        # The sums of the statistics are gone when the sums of the gradients begin.
-        total = chunk * columns * self.item + max(sums, hidden) + rows + self.weight_sum(0, name)
-        return total + (scaled if name == "hybrid" else 0)
-
-    def weight_sum(self, rows: int, name: str) -> int:
-        """Bytes of the float32 sum in which `rows` of the head's gradient accumulate."""
-        if self.item == self.acc or not self.grad_weight:
-            return 0
-        if self.widened and name != "loss_only":
-            # float16 gradients leave the forward in float32: twice what they come back in.
-            return self.vocab_size * self.grad_columns * self.acc
-        return rows * self.grad_columns * self.acc
-
-    def schedule(self, name: str, tile: _Tile, workspace: int) -> Schedule:
+    def schedule(self, name: str, tile: Tile, workspace: int) -> Schedule:
         """The record for people and engines."""
         chunk, window, kept = tile
         asked = self.budget if self.asked is None else self.asked

@@ -207,7 +207,8 @@ def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
 
 @pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize(
-    ("num_tokens", "budget_mib", "chunks"), [(4096, 64, 1), (4096, 512, 1), (16_384, 384, 4)]
+    ("num_tokens", "budget_mib", "chunks"),
+    [(4096, 64, 1), (4096, 128, 1), (4096, 512, 1), (16_384, 384, 4)],
 )
 def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing):
     hidden, weight, labels = trained_head(num_tokens, 1024, 32_000)

@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # For each part of the package, the parts of the package that it may import.
-BASE = {"version", "options", "schedule", "distributed"}
+BASE = {"version", "options", "schedule", "workspace", "distributed"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "distributed": set(),
     "options": {"distributed"},
-    "schedule": {"options"},
+    "workspace": set(),
+    "schedule": {"workspace"},
     "kernels": {"kernels", "distributed"},
     "reference": BASE,
     "tiles": BASE,

@@ -56,6 +56,26 @@ def test_every_schedule_is_as_exact_as_float32_products(name, schedule, monkeypa
     check_forward_backward(fused, CASES[name], operands, labels)
 
 
+def test_the_heads_gradient_of_chunks_has_memory_only_when_the_tile_is_gone(monkeypatch):
+    monkeypatch.setattr(fused, "plan", SCHEDULES["chunks"])
+    made, seen = [], []
+
+    def empty_grads(*args, _make=fused._empty_grads, **options):
+        made.append(_make(*args, **options))
+        return made[-1]
+
+    def add_chunks(call, chunks, *rest, _add=passes._add_chunks):
+        seen.append((len(chunks), made[-1][1].untyped_storage().nbytes()))
+        _add(call, chunks, *rest)
+
+    monkeypatch.setattr(fused, "_empty_grads", empty_grads)
+    monkeypatch.setattr(passes, "_add_chunks", add_chunks)
+    operands, labels = operands_of(CASES["plain"], 40, *SIZES[1:], torch.bfloat16, "cpu")
+    check_forward_backward(fused, CASES["plain"], operands, labels)
+    assert seen == [(2, 0)]
+    assert made[0][1].untyped_storage().nbytes() == made[0][1].nbytes > 0
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("plain", "everything")])
 def test_every_option_with_stored_exponents(name, monkeypatch):
     monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])

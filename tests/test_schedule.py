@@ -111,6 +111,29 @@ def test_triton_offers_to_keep_a_share() -> None:
     assert hybrid.passes == 4 - hybrid.kept_share
 
 
+def test_the_tile_of_a_chunk_is_gone_before_the_heads_gradient_is_rounded() -> None:
+    """So the two share memory: what is beyond gradients is less than tile and float32 sum."""
+    tokens, hidden, vocab = 16384, 1024, 151936
+    change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
+    schedule = plan(**arguments((tokens, hidden, vocab), **change, memory_budget_mib=1536))
+    assert schedule.name == "gradient_in_forward"
+    assert schedule.chunk_tokens == 4096
+    tile, float32_sum = 4096 * vocab * 2, vocab * hidden * 4
+    assert float32_sum <= schedule.workspace_bytes < tile + float32_sum
+
+
+@pytest.mark.parametrize("memory_budget_mib", [1024, 1536, 4096])
+def test_the_products_of_a_chunk_fill_a_gpu(memory_budget_mib: float) -> None:
+    """One that leaves an eighth of its 132 multiprocessors idle is not taken."""
+    change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
+    shape = (16384, 1024, 151936)
+    schedule = plan(
+        **arguments(shape, **change, grad_weight=False, memory_budget_mib=memory_budget_mib)
+    )
+    tiles = schedule.chunk_tokens // 128 * 1024 // 128
+    assert tiles / (-(-tiles // 132) * 132) > 7 / 8
+
+
 def test_a_frozen_matrix_of_a_sum_needs_no_sum_of_its_gradient() -> None:
     shape, low_rank = (2048, 4096, 128256), 16
     change = {"dtype": torch.bfloat16, "device_type": "cuda"}

@@ -152,7 +152,7 @@ def chunk_gradients(
     # Chunks of one size rather than a short last one.
     chunks = _slices(call.num_tokens, whole(cdiv(call.num_tokens, num_chunks)))
     if len(chunks) == 1:
-        _add_chunks(call.borrowing(results.weight), chunks, weights, outputs, results, results)
+        _add_chunks(call.borrowing(results.weight), chunks, weights, outputs, results)
         return
     # Where float32 sums take their place, the head's gradients are written when the tile is gone:
     # until then they have no memory.
@@ -163,19 +163,14 @@ def chunk_gradients(
         weight=[_accumulator(t, True) for t in results.weight],
         bias=_accumulator(results.bias, True),
     )
-    _add_chunks(call, chunks, weights, outputs, totals, results)
+    _add_chunks(call, chunks, weights, outputs, totals)
     for grad in rounded:
         grad.untyped_storage().resize_(grad.nbytes)
     _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
 
 
 def _add_chunks(
-    call: Call,
-    chunks: list[slice],
-    weights: RowWeights,
-    outputs: RowOutputs,
-    totals: Totals,
-    results: Totals,
+    call: Call, chunks: list[slice], weights: RowWeights, outputs: RowOutputs, totals: Totals
 ) -> None:
     """`chunk_gradients`, all but the rounding; the tile lives only in here."""
     extra = 0 if weights.smooth is None else EXTRA_ROWS
@@ -197,7 +192,7 @@ def _add_chunks(
             stored_gradients(*made, part_results, scratch, accumulate=rows.start > 0)
             continue
         # dX first: the ranks sum their parts of it while the product of dW runs.
-        scratch = [None] * len(results.hidden)
+        scratch = [None] * len(totals.hidden)
         part_totals = part_results._replace(
             hidden=[_accumulator(t, True) for t in part_results.hidden]
         )
