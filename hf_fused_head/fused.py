@@ -151,7 +151,14 @@ def forward_backward(
     with _on_device(labels.device):
         try:
             if whole_rows:
-                passes.chunk_gradients(call, schedule.chunk_tokens, weights, outputs, results)
+                passes.chunk_gradients(
+                    call,
+                    schedule.chunk_tokens,
+                    schedule.late_rounding,
+                    weights,
+                    outputs,
+                    results,
+                )
             else:
                 window = schedule.vocab_window
                 passes.kept_gradients(call, kept, window, weights, outputs, results)

@@ -12,7 +12,8 @@ _BLOCK_BYTES = {"cpu": 48 * 2**20, "cuda": 128 * 2**20}
 # Row sums of the "triton" engine: float32, one a tile of this many columns, up to four kinds. It
 # makes statistics of fewer rows at once rather than hold more than this.
 _SUM_COLUMNS = 128
-_SUM_BYTES = 16
+_SUM_KINDS = 4
+_SUM_BYTES = 4 * _SUM_KINDS
 TRITON_SUMS_BYTES = 32 * 2**20
 # Per-row vectors of the "triton" engine.
 _ROW_BYTES = 64
@@ -61,14 +62,21 @@ class Problem:
     shared_hidden: bool
     widened: bool
 
-    def workspace(self, name: str, tile: Tile) -> int:
-        """Bytes beyond inputs, outputs and gradients in their own dtype."""
+    def workspace(self, name: str, tile: Tile, late: bool = False) -> int:
+        """Bytes beyond inputs, outputs and gradients in their own dtype.
+
+        Args:
+            name: The schedule.
+            tile: Its tile.
+            late: Whether a head's gradient that is summed over chunks has no memory until the tile
+                is gone, and is rounded then ("triton").
+        """
         if self.impl == "reference":
             # Logits, probabilities, their gradient and two intermediates; operands in `acc`.
             operands = (self.num_tokens + self.vocab_size) * self.hidden_size
             return (5 * self.num_tokens * self.vocab_size + 2 * operands) * self.acc
         if self.impl == "triton":
-            return self._triton(name, tile)
+            return self._triton(name, tile, late)
         return self._torch(name, tile)
 
     def _torch(self, name: str, tile: Tile) -> int:
@@ -95,10 +103,15 @@ class Problem:
         rows = self.vocab_size if whole and chunk < self.num_tokens else window
         return total + self._weight_sum(rows, name)
 
-    def _triton(self, name: str, tile: Tile) -> int:
+    def _triton(self, name: str, tile: Tile, late: bool) -> int:
         """What `fused` allocates: kept exponentials or a window, row sums, float32 gradients."""
         chunk, window, kept = tile
-        sums = min(chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES, TRITON_SUMS_BYTES)
+        sums = chunk * -(-self.vocab_size // _SUM_COLUMNS) * _SUM_BYTES
+        most = TRITON_SUMS_BYTES
+        if name == "gradient_in_forward":
+            # One kind of all rows of a chunk, a 64th of its tile.
+            most = max(most, sums // _SUM_KINDS)
+        sums = min(sums, most)
         chunked = name == "gradient_in_forward" and chunk < self.num_tokens
         weight = self.vocab_size * self.grad_columns * self.item
         # They borrow the memory of the head's gradient. With chunks of tokens it is in use, or has
@@ -117,8 +130,7 @@ class Problem:
         if name == "gradient_in_forward":
             total = self._weight_sum(self.vocab_size if chunked else 0, name)
             made = chunk * self.vocab_size * self.item + sums + scaled
-            if chunked and total and not self.widened:
-                # The head's gradient is rounded from its sum where the tile was.
+            if late and chunked and total and not self.widened:
                 made = max(made - weight, 0)
             return made + total + rows
         columns = max(window, round(kept * self.vocab_size))

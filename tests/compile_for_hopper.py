@@ -1,4 +1,4 @@
-"""Compiles the ping-pong kernel for a Hopper card on a machine without one; prints what it takes.
+"""Compiles Hopper's Gluon kernels for such a card on a machine without one; prints what it takes.
 
 One line a variant: its name, bytes of shared memory, bytes of stack a thread.
 """
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from hf_fused_head.kernels import head, pingpong
+from hf_fused_head.kernels import head, last_product, pingpong
 from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
 from hf_fused_head.kernels.tuning import PINGPONG
 
@@ -88,6 +88,12 @@ def main() -> None:
             head.launch_gradient(of, labels, 0, parts, store, config, False)
         compiled = kernel.compiled
         print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
+    kernel = Compiling(last_product._last_product_kernel)
+    last_product._last_product_kernel = kernel
+    total = torch.empty(VOCAB, HIDDEN)
+    last_product.launch_last_product(store, hidden, total, weight, config)
+    compiled = kernel.compiled
+    print("last_product", compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
 
 
 if __name__ == "__main__":

@@ -170,9 +170,14 @@ def _compare_grads(
 
 
 def fixed_schedule(
-    name: str, chunk_tokens: int = 2**30, vocab_window: int = 2**30, kept_share: float = 0.0
+    name: str,
+    chunk_tokens: int = 2**30,
+    vocab_window: int = 2**30,
+    kept_share: float = 0.0,
+    late_rounding: bool = False,
 ):
     """A stand-in for `plan`: this schedule, but windows where an engine asks for those."""
-    schedule = Schedule(name, chunk_tokens, vocab_window, 0, 0, 0, kept_share, True, "fixed")
+    sizes = (chunk_tokens, vocab_window, 0, 0, 0, kept_share)
+    schedule = Schedule(name, *sizes, True, "fixed", late_rounding)
     windows = Schedule("recompute", 2**30, vocab_window, 0, 0, 0, 0.0, True, "fixed")
     return lambda **sizes: windows if sizes["per_token"] else schedule

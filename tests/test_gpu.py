@@ -25,6 +25,8 @@ from hf_fused_head.options import Needs, Operands
 from hf_fused_head.schedule import plan
 
 fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton (pip install triton)")
+gradients = pytest.importorskip("hf_fused_head.kernels.gradients", reason="needs triton")
+tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
 pytestmark = pytest.mark.gpu
 
@@ -120,13 +122,15 @@ def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
         assert relative_error(ours, exact) <= relative_error(stock.grad, exact)
 
 
-def test_error_does_not_grow_with_the_number_of_chunks(monkeypatch):
+@pytest.mark.parametrize("late", [False, True], ids=["in_the_last_product", "late"])
+def test_error_does_not_grow_with_the_number_of_chunks(late, monkeypatch):
     hidden, weight, labels = trained_head(4096, 512, 8000)
     operands = plain_head(hidden, weight)
     _, truth = exact_gradients(operands, labels)
     errors = []
     for chunk in (4096, 1024, 256):
-        monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward", chunk))
+        plan = fixed_schedule("gradient_in_forward", chunk, late_rounding=late)
+        monkeypatch.setattr(fused, "plan", plan)
         _, grads = mean_gradients(operands, labels)
         errors.append([relative_error(*pair) for pair in zip(grads, truth, strict=True)])
     for several in errors[1:]:
@@ -205,10 +209,36 @@ def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
     assert relative_error(grads[1], small[1]) <= torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "hidden_size"),
+    [(64, 8, 256), (200, 1000, 264), (1000, 3001, 640), (8200, 2000, 2304), (65, 40_000, 1024)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_last_product_of_a_sum_is_rounded_once(num_tokens, vocab_size, hidden_size, dtype):
+    """Into poisoned memory, from operands with poison behind every row, twice the same bits."""
+    device = torch.device("cuda")
+    pitch = -(-vocab_size // 64) * 64 + 64
+    padded = torch.full((num_tokens, pitch), float("nan"), dtype=dtype, device=device)
+    tile = padded[:, :vocab_size].copy_(torch.randn(num_tokens, vocab_size, device=device))
+    hidden = torch.randn(num_tokens, hidden_size, device=device).to(dtype)
+    total = 30 * torch.randn(vocab_size, hidden_size, device=device)
+    exact = total.double() + tile.double().t() @ hidden.double()
+    config = tuning.tile_config(device, dtype)
+    rounded = []
+    for _ in range(2):
+        poisoned = torch.full((vocab_size + 1, hidden_size), float("nan"), dtype=dtype).to(device)
+        gradients.last_product(tile.t(), hidden, total.clone(), poisoned[:-1], config)
+        assert poisoned[-1].isnan().all()
+        rounded.append(poisoned[:-1])
+    assert torch.equal(*rounded)
+    best = relative_error(exact.to(dtype), exact)
+    assert relative_error(rounded[0], exact) <= 1.02 * best
+
+
 @pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "budget_mib", "chunks"),
-    [(4096, 64, 1), (4096, 128, 1), (4096, 512, 1), (16_384, 384, 4)],
+    [(4096, 64, 1), (4096, 128, 1), (4096, 512, 1), (16_384, 384, 4), (16_384, 800, 2)],
 )
 def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing):
     hidden, weight, labels = trained_head(num_tokens, 1024, 32_000)

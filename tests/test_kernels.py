@@ -56,8 +56,11 @@ def test_every_schedule_is_as_exact_as_float32_products(name, schedule, monkeypa
     check_forward_backward(fused, CASES[name], operands, labels)
 
 
-def test_the_heads_gradient_of_chunks_has_memory_only_when_the_tile_is_gone(monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["chunks"])
+@pytest.mark.parametrize("late", [False, True], ids=["in_the_last_product", "late"])
+def test_the_heads_gradient_of_chunks_is_rounded_late_where_it_has_no_memory(late, monkeypatch):
+    """Until the tile is gone; otherwise nobody sees a sum once the last product is done."""
+    plan = fixed_schedule("gradient_in_forward", chunk_tokens=10, late_rounding=late)
+    monkeypatch.setattr(fused, "plan", plan)
     made, seen = [], []
 
     def empty_grads(*args, _make=fused._empty_grads, **options):
@@ -72,8 +75,19 @@ def test_the_heads_gradient_of_chunks_has_memory_only_when_the_tile_is_gone(monk
     monkeypatch.setattr(passes, "_add_chunks", add_chunks)
     operands, labels = operands_of(CASES["plain"], 40, *SIZES[1:], torch.bfloat16, "cpu")
     check_forward_backward(fused, CASES["plain"], operands, labels)
-    assert seen == [(2, 0)]
-    assert made[0][1].untyped_storage().nbytes() == made[0][1].nbytes > 0
+    size = made[0][1].nbytes
+    assert seen == [(2, 0 if late else size)]
+    assert made[0][1].untyped_storage().nbytes() == size > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "sizes"),
+    [(100, 96, [64, 36]), (128, 96, [64, 64]), (96, 96, [96]), (5, 96, [5]), (0, 96, [])],
+)
+def test_no_part_of_the_rows_is_much_shorter_than_the_others(size, most, sizes):
+    parts = passes._slices(size, most)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [part.start for part in parts] == [sum(sizes[:index]) for index in range(len(sizes))]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("plain", "everything")])

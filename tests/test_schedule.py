@@ -119,7 +119,16 @@ def test_the_tile_of_a_chunk_is_gone_before_the_heads_gradient_is_rounded() -> N
     assert schedule.name == "gradient_in_forward"
     assert schedule.chunk_tokens == 4096
     tile, float32_sum = 4096 * vocab * 2, vocab * hidden * 4
+    assert schedule.late_rounding
     assert float32_sum <= schedule.workspace_bytes < tile + float32_sum
+
+
+def test_a_budget_that_holds_tile_sum_and_gradient_saves_the_rounding() -> None:
+    tokens, hidden, vocab = 16384, 1024, 151936
+    change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
+    schedule = plan(**arguments((tokens, hidden, vocab), **change, memory_budget_mib=4096))
+    assert (schedule.chunk_tokens, schedule.late_rounding) == (8192, False)
+    assert schedule.workspace_bytes >= 8192 * vocab * 2 + vocab * hidden * 4
 
 
 @pytest.mark.parametrize("memory_budget_mib", [1024, 1536, 4096])

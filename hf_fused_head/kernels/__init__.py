@@ -16,12 +16,13 @@ logits: never the logits themselves.
     epilogue.py    what happens to it in registers: row sums, exponents, gradient
     head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
     pingpong.py    the persistent kernel of Hopper cards, in Gluon, around the same epilogue
+    last_product.py  a product that completes a float32 sum and rounds it, in Gluon
     rows.py        which labels count, the logit of the label, scaling by row
     statistics.py  sums of tiles to statistics of rows
     overflow.py    rows whose exponents overflowed, made again around their maximum
     merging.py     sums of the tiles of all ranks, for a head that is cut along the vocabulary
     factors.py     what a row of the logits' gradient is made of
-    gradients.py   stored tiles to gradients, by cuBLAS
+    gradients.py   stored tiles to gradients, by cuBLAS and `last_product`
     passes.py      the passes of one call, in the order that a schedule asks for
     tuning.py      which tile a card and a dtype get
 """

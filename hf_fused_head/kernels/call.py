@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
 from hf_fused_head.kernels.operands import Attempt, Head, RowOutputs
-from hf_fused_head.kernels.tuning import TileConfig
+from hf_fused_head.kernels.tuning import TileConfig, cdiv
 
 
 class Call(NamedTuple):
@@ -38,6 +38,14 @@ class Call(NamedTuple):
     def vocab_total(self) -> int:
         """Rows of the head on all ranks."""
         return self.shard.total(self.vocab_size)
+
+    @property
+    def row_sum_bytes(self) -> int:
+        """Row sums of one kind, for one row, on the rank that holds most columns.
+
+        The rows that the ranks speak about at once are those that this one has memory for.
+        """
+        return 4 * cdiv(self.shard.largest(self.vocab_size), self.config.block_v)
 
     def rows(self, rows: slice) -> Call:
         return self._replace(head=self.head.rows(rows), labels=self.labels[rows])

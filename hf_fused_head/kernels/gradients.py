@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_fused_head.kernels.operands import Head, Totals
+from hf_fused_head.kernels.head import describable
+from hf_fused_head.kernels.operands import Head, Rounding, Totals
 from hf_fused_head.kernels.rows import launch_scale_rows
+from hf_fused_head.kernels.tuning import TileConfig
 
 # Rows appended to a stored tile for label smoothing, whose gradient has rank one. Three are used;
 # eight keep the product's depth aligned.
@@ -14,6 +16,8 @@ EXTRA_ROWS = 8
 # cuBLAS fills the card by splitting the sum of a small result, and then rounds the parts to the
 # result's dtype: below this many elements the parts are kept in float32.
 _SPLIT_BELOW = 2**22
+# The kernel that rounds a sum has tiles of so many columns; fewer would leave most of one empty.
+_ROUNDED_FROM = 256
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -36,6 +40,29 @@ def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def last_product(
+    left: Tensor, right: Tensor, total: Tensor, out: Tensor, config: TileConfig
+) -> None:
+    """`out = total + left @ right`, summed in float32 and rounded once; `total` is used up.
+
+    Args:
+        left: [M, K], the transpose of a matrix with rows of unit stride.
+        right: [K, N].
+        total: [M, N] float32.
+        out: [M, N] of the operands' dtype.
+        config: The tile, which says whether the card has a kernel for this.
+    """
+    matrices = (left.t(), right, out)
+    if config.pingpong and out.shape[1] >= _ROUNDED_FROM and all(map(describable, matrices)):
+        # Imported where it runs: the interpreter, and Triton's older versions, have no such Gluon.
+        from hf_fused_head.kernels.last_product import launch_last_product
+
+        launch_last_product(*matrices[:2], total, out, config)
+        return
+    product(left, right, total, accumulate=True)
+    out.copy_(total)
 
 
 def combine_rows(coefficients: Tensor, matrix: Tensor) -> Tensor:
@@ -70,6 +97,7 @@ def stored_gradients(
     totals: Totals,
     scratch: list[Tensor | None],
     accumulate: bool,
+    rounding: Rounding | None = None,
 ) -> None:
     """Gradients from stored exponents E: `dX = factor * (E W)`, `dW = E^T (factor * X)`.
 
@@ -86,6 +114,7 @@ def stored_gradients(
             `accumulate`.
         scratch: Memory for factor * X, [T, H_i] of its dtype; None to allocate it.
         accumulate: Whether weight and bias are added to.
+        rounding: Where the sums of weights go that this product completes; None if there are none.
     """
     num_tokens = factor.shape[0]
     pairs = head.pairs()
@@ -100,7 +129,11 @@ def stored_gradients(
         launch_scale_rows(hidden, scaled[:num_tokens], factor)
         if gamma is not None:
             _write_smoothing(tile, scaled, num_tokens, class_weight, combine_rows(gamma, hidden))
-        product(tile.t(), scaled, dweight, accumulate)
+        result = None if rounding is None else rounding.weight[index]
+        if result is None or result.dtype == dweight.dtype:
+            product(tile.t(), scaled, dweight, accumulate)
+        else:
+            last_product(tile.t(), scaled, dweight, result, rounding.config)
     tile = tile[:num_tokens]
     if totals.bias is not None:
         dbias = combine_rows(factor, tile)

@@ -266,7 +266,7 @@ def _head_pointer_kernel(
         tl.store(store_ptrs, tile.to(store_ptr.dtype.element_ty), mask=mask)
 
 
-def _describable(matrix: Tensor | None) -> bool:
+def describable(matrix: Tensor | None) -> bool:
     """Whether a tensor descriptor can address `matrix`, if there is one: 16-byte base and rows."""
     if matrix is None:
         return True
@@ -384,7 +384,7 @@ def _launch(
         "num_stages": config.num_stages,
     }
     matrices = (head.hidden, head.weight, head.low, head.low_weight, store)
-    if config.pingpong and all(map(_describable, matrices)):
+    if config.pingpong and all(map(describable, matrices)):
         # Imported where it runs: the interpreter, and Triton's older versions, have no such Gluon.
         from hf_fused_head.kernels.pingpong import launch_pingpong
 
@@ -392,7 +392,7 @@ def _launch(
         return
     num_tiles = cdiv(num_tokens, config.block_t) * cdiv(vocab_size, config.block_v)
     descriptors = bool(config.num_programs) and not config.pingpong
-    if descriptors and all(map(_describable, (head.hidden, head.weight, store))):
+    if descriptors and all(map(describable, (head.hidden, head.weight, store))):
         store_block = [config.block_t, config.block_v // (2 if config.halves else 1)]
         _head_descriptor_kernel[(min(config.num_programs, num_tiles),)](
             TensorDescriptor.from_tensor(head.hidden, [config.block_t, config.block_h]),

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.kernels.tuning import TileConfig
+
 
 class Head(NamedTuple):
     """What every tile of logits is made from; a window of the vocabulary is a slice of it.
@@ -139,6 +141,13 @@ class RowOutputs(NamedTuple):
     def rows(self, rows: slice) -> RowOutputs:
         """The same vectors over some of the rows."""
         return RowOutputs(*(None if t is None else t[rows] for t in self))
+
+
+class Rounding(NamedTuple):
+    """Where the last product of the head's gradient leaves its float32 sum, rounded."""
+
+    weight: list[Tensor | None]  # [V, H_i] a pair
+    config: TileConfig
 
 
 class Totals(NamedTuple):

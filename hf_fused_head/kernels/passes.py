@@ -12,6 +12,7 @@ from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.merging import merged_sums
 from hf_fused_head.kernels.operands import (
     Abandoned,
+    Rounding,
     RowGradient,
     RowOutputs,
     RowSums,
@@ -46,11 +47,10 @@ def statistics(
         Abandoned: If the attempt is off; nothing of the result is valid then.
     """
     kinds = 1 + outputs.need_best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
-    # The rows that the ranks speak about at once are those that the largest of them can hold.
-    tiles_held = cdiv(call.shard.largest(call.vocab_size), call.config.block_v)
-    most = call.sums_bytes // (4 * kinds * tiles_held) // MULTIPLE * MULTIPLE
+    most = min(call.sums_bytes // (kinds * call.row_sum_bytes), _STATISTICS_ROWS)
+    most = max(most // MULTIPLE, 1) * MULTIPLE
     anchor = call.empty(call.num_tokens)
-    for rows in _slices(call.num_tokens, max(MULTIPLE, min(most, _STATISTICS_ROWS))):
+    for rows in _slices(call.num_tokens, most):
         _row_statistics(
             call.rows(rows),
             anchor[rows],
@@ -134,13 +134,20 @@ def _of_all_ranks(
 
 
 def chunk_gradients(
-    call: Call, chunk_tokens: int, weights: RowWeights, outputs: RowOutputs, results: Totals
+    call: Call,
+    chunk_tokens: int,
+    late_rounding: bool,
+    weights: RowWeights,
+    outputs: RowOutputs,
+    results: Totals,
 ) -> None:
     """Gradient in forward: every chunk of tokens is finished before the next one begins.
 
     Args:
         call: All rows.
         chunk_tokens: Rows at once, at most.
+        late_rounding: With several chunks, whether the head's gradient has no memory until the tile
+            is gone; else the last chunk's product rounds it.
         weights: The objective.
         outputs: Written, `factor` among them.
         results: The gradients, written; None where nobody wants one.
@@ -148,33 +155,40 @@ def chunk_gradients(
     Raises:
         Abandoned: If the attempt is off; nothing of the results is valid then.
     """
-    num_chunks = cdiv(call.num_tokens, chunk_tokens)
-    # Chunks of one size rather than a short last one.
-    chunks = _slices(call.num_tokens, whole(cdiv(call.num_tokens, num_chunks)))
+    chunks = _slices(call.num_tokens, chunk_tokens)
     if len(chunks) == 1:
-        _add_chunks(call.borrowing(results.weight), chunks, weights, outputs, results)
+        _add_chunks(call.borrowing(results.weight), chunks, weights, outputs, results, None)
         return
-    # Where float32 sums take their place, the head's gradients are written when the tile is gone:
-    # until then they have no memory.
     rounded = [t for t in results.weight if t is not None and t.dtype != torch.float32]
-    for grad in rounded:
-        grad.untyped_storage().resize_(0)
+    if late_rounding:
+        for grad in rounded:
+            grad.untyped_storage().resize_(0)
     totals = results._replace(
         weight=[_accumulator(t, True) for t in results.weight],
         bias=_accumulator(results.bias, True),
     )
-    _add_chunks(call, chunks, weights, outputs, totals)
-    for grad in rounded:
-        grad.untyped_storage().resize_(grad.nbytes)
-    _copy([*totals.weight, totals.bias], [*results.weight, results.bias])
+    rounding = None if late_rounding else Rounding(results.weight, call.config)
+    _add_chunks(call, chunks, weights, outputs, totals, rounding)
+    if late_rounding:
+        for grad in rounded:
+            grad.untyped_storage().resize_(grad.nbytes)
+        _copy(totals.weight, results.weight)
+    _copy([totals.bias], [results.bias])
 
 
 def _add_chunks(
-    call: Call, chunks: list[slice], weights: RowWeights, outputs: RowOutputs, totals: Totals
+    call: Call,
+    chunks: list[slice],
+    weights: RowWeights,
+    outputs: RowOutputs,
+    totals: Totals,
+    rounding: Rounding | None,
 ) -> None:
-    """`chunk_gradients`, all but the rounding; the tile lives only in here."""
+    """`chunk_gradients`, all but a late rounding; the tile lives only in here."""
     extra = 0 if weights.smooth is None else EXTRA_ROWS
     store = call.tile(chunks[0].stop + extra, call.vocab_size)
+    # Those of one kind are a 64th of the tile: no reason to make the statistics in parts.
+    call = call._replace(sums_bytes=max(call.sums_bytes, chunks[0].stop * call.row_sum_bytes))
     for rows in chunks:
         part, part_weights, part_outputs = call.rows(rows), weights.rows(rows), outputs.rows(rows)
         statistics(part, part_weights, part_outputs, store)
@@ -186,10 +200,11 @@ def _add_chunks(
             gamma_of(part, part_weights.smooth),
         )
         part_results = totals.rows(rows)
+        adds = (rows.start > 0, rounding if rows is chunks[-1] else None)
         if not call.shard.sums_hidden:
             # The rows of dX are written last: until then they hold the scaled hidden states.
             scratch = part_results.hidden
-            stored_gradients(*made, part_results, scratch, accumulate=rows.start > 0)
+            stored_gradients(*made, part_results, scratch, *adds)
             continue
         # dX first: the ranks sum their parts of it while the product of dW runs.
         scratch = [None] * len(totals.hidden)
@@ -199,7 +214,7 @@ def _add_chunks(
         stored_gradients(*made, part_totals.only_hidden(), scratch, accumulate=False)
         waits = [call.shard.start_hidden_sum(t) for t in part_totals.hidden if t is not None]
         rest = part_totals.without_hidden()
-        stored_gradients(*made, rest, scratch, accumulate=rows.start > 0)
+        stored_gradients(*made, rest, scratch, *adds)
         for wait in waits:
             wait()
         _copy(part_totals.hidden, part_results.hidden)
@@ -275,9 +290,8 @@ def recomputed_gradients(
         results: The gradients, written; None where nobody wants one.
     """
     columns = call.vocab_size - start
-    window = max(window // MULTIPLE, 1) * MULTIPLE
-    window = whole(cdiv(columns, cdiv(columns, window)))
-    windows = [slice(start + part.start, start + part.stop) for part in _slices(columns, window)]
+    parts = _slices(columns, max(window // MULTIPLE, 1) * MULTIPLE)
+    windows = [slice(start + part.start, start + part.stop) for part in parts]
     half = call.head.hidden.dtype == torch.float16
     accumulate = totals is not None
     if totals is None:
@@ -286,7 +300,7 @@ def recomputed_gradients(
     unscale = None
     if half:
         gradient, unscale = in_half_range(call, gradient)
-    store = call.tile(call.num_tokens, min(window, columns))
+    store = call.tile(call.num_tokens, parts[0].stop)
     for part in windows:
         tile = store[:, : part.stop - part.start]
         head = call.head.window(part)
@@ -336,10 +350,8 @@ def _copy(
             target.copy_(source)
 
 
-def _slices(size: int, step: int) -> list[slice]:
+def _slices(size: int, most: int) -> list[slice]:
+    """Parts of about one size, whole tiles: a short last one would read the head for few rows."""
+    parts = max(cdiv(size, most), 1)
+    step = max(cdiv(size, parts * MULTIPLE), 1) * MULTIPLE
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def whole(size: int) -> int:
-    """`size` rounded up to whole tiles."""
-    return cdiv(size, MULTIPLE) * MULTIPLE

@@ -37,12 +37,12 @@ from hf_fused_head.kernels import product
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
 
 # Renamed in Triton 3.8; both take the same arguments.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Registers of a thread: what the loading warp leaves to those that hold a tile of 64 x 256.
-_MULTIPLYING = gl.constexpr(240)
-_LOADING = gl.constexpr(24)
+MULTIPLYING = gl.constexpr(240)
+LOADING = gl.constexpr(24)
 
 
 def _in_gluon(function: Any, **names: Any) -> Any:
@@ -53,7 +53,7 @@ def _in_gluon(function: Any, **names: Any) -> Any:
     return gluon.jit(functools.update_wrapper(copy, source))
 
 
-_tile_position = _in_gluon(product.tile_position)
+tile_position = _in_gluon(product.tile_position)
 _softcap_slope = _in_gluon(product.softcap_slope)
 _logits_of = _in_gluon(product.logits_of, tanh=_in_gluon(product.tanh))
 _load_rows = _in_gluon(tile_epilogue.load_rows)
@@ -80,7 +80,7 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
     slot = 0
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
+        pid_t, pid_v = tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
         first_t = pid_t * 2 * ROWS
         for step in range(num_steps + num_low_steps):
             bar = ready.index(slot)
@@ -89,14 +89,16 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
             upper, lower = hidden_bufs.index(2 * slot), hidden_bufs.index(2 * slot + 1)
             if step < num_steps:
                 first_h = step * BLOCK_H
-                _load(hidden_desc, [first_t, first_h], bar, upper)
-                _load(hidden_desc, [first_t + ROWS, first_h], bar, lower)
-                _load(weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot))
+                async_load(hidden_desc, [first_t, first_h], bar, upper)
+                async_load(hidden_desc, [first_t + ROWS, first_h], bar, lower)
+                async_load(weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot))
             else:
                 first_h = (step - num_steps) * BLOCK_H
-                _load(low_desc, [first_t, first_h], bar, upper)
-                _load(low_desc, [first_t + ROWS, first_h], bar, lower)
-                _load(low_weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot))
+                async_load(low_desc, [first_t, first_h], bar, upper)
+                async_load(low_desc, [first_t + ROWS, first_h], bar, lower)
+                async_load(
+                    low_weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot)
+                )
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -145,7 +147,7 @@ def _finish_half(
         out_buf = out_bufs.index(2 * WHO + HALF)
         out_buf.store(tile.to(store_desc.dtype))
         fence_async_shared()
-        _store(store_desc, [first_t, first_v], out_buf)
+        async_store(store_desc, [first_t, first_v], out_buf)
     # Behind the fence, which would wait for them.
     num_tokens, _ = sizes
     _store_sums(sums, offs_t, first_v, COLUMNS, num_tokens, *sum_ptrs)
@@ -185,7 +187,7 @@ def _multiply(
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        pid_t, pid_v = _tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
+        pid_t, pid_v = tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T)
         first_t = pid_t * 2 * ROWS + WHO * ROWS
         first_v = pid_v * 2 * COLUMNS
         # Loaded before they are needed: they arrive behind the product.
@@ -319,7 +321,7 @@ def _head_pingpong_kernel(
             (_load_operands, (operands, buffers, grid, STAGES, GROUP_T)),
         ],
         [4, 1],
-        [_MULTIPLYING, _LOADING],
+        [MULTIPLYING, LOADING],
     )
 
 
@@ -341,8 +343,8 @@ def launch_pingpong(
     hidden, weight, low, low_weight, store = matrices
     # Without a low-rank pair the kernel takes no steps over it, but has to have descriptors.
     pairs = (hidden, weight, hidden, weight) if low is None else (hidden, weight, low, low_weight)
-    descriptors = [_descriptor(*pair) for pair in zip(pairs, blocks, strict=True)]
-    descriptors.append(None if store is None else _descriptor(store, [rows, columns // 2]))
+    descriptors = [descriptor(*pair) for pair in zip(pairs, blocks, strict=True)]
+    descriptors.append(None if store is None else descriptor(store, [rows, columns // 2]))
     num_tiles = cdiv(hidden.shape[0], config.block_t) * cdiv(weight.shape[0], columns)
     _head_pingpong_kernel[(min(config.num_programs, num_tiles),)](
         *descriptors,
@@ -353,7 +355,7 @@ def launch_pingpong(
     )
 
 
-def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, block, _layout(*block, str(matrix.dtype)[6:]))
 
 

@@ -246,6 +246,6 @@ def launch_finish(
         vocab_size,
         sums.total.shape[0],
         BLOCK_T=32,
-        BLOCK_N=32,
-        num_warps=4,
+        BLOCK_N=128,
+        num_warps=8,
     )
