@@ -131,6 +131,19 @@ def test_a_budget_that_holds_tile_sum_and_gradient_saves_the_rounding() -> None:
     assert schedule.workspace_bytes >= 8192 * vocab * 2 + vocab * hidden * 4
 
 
+def test_several_chunks_on_a_gpu_are_no_larger_than_is_fast() -> None:
+    """However large the budget is, until it holds all tokens at once."""
+    change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
+    chunks = {
+        tokens: [
+            plan(**arguments((tokens, 4096, 128256), **change, memory_budget_mib=mib)).chunk_tokens
+            for mib in (3072, 4096, 6144, 9216)
+        ]
+        for tokens in (32768, 131072)
+    }
+    assert chunks == {32768: [8192, 8192, 8192, 32768], 131072: [8192, 8192, 8192, 8192]}
+
+
 @pytest.mark.parametrize("memory_budget_mib", [1024, 1536, 4096])
 def test_the_products_of_a_chunk_fill_a_gpu(memory_budget_mib: float) -> None:
     """One that leaves an eighth of its 132 multiprocessors idle is not taken."""
