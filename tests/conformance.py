@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from oracle import assert_close_as_torch
+from oracle import assert_close_as_torch, farthest
 from tiny_classes import VARIANTS, batch, build
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -261,10 +261,10 @@ def compare(got: Result, samples: list[Result], truth: Result, autocast: bool) -
     # Under autocast float32 results carry the rounding of bfloat16 products.
     dtype = torch.bfloat16 if autocast else None
     losses = [sample.loss for sample in samples]
-    assert_close_as_torch("loss", got.loss, _farthest(losses, truth.loss), truth.loss, dtype)
+    assert_close_as_torch("loss", got.loss, farthest(losses, truth.loss), truth.loss, dtype)
     for name, members in _groups(sorted(present), len(samples) > 1).items():
         ours, exact, *others = (_joined(result, members) for result in (got, truth, *samples))
-        assert_close_as_torch(name, ours, _farthest(others, exact), exact, dtype)
+        assert_close_as_torch(name, ours, farthest(others, exact), exact, dtype)
 
 
 def _groups(names: list[str], by_module: bool) -> dict[str, list[str]]:
@@ -278,13 +278,6 @@ def _groups(names: list[str], by_module: bool) -> dict[str, list[str]]:
 def _joined(result: Result, names: list[str]) -> Tensor:
     values = [result.values[name] for name in names]
     return values[0] if len(values) == 1 else torch.cat([value.flatten() for value in values])
-
-
-def _farthest(samples: list[Tensor], truth: Tensor) -> Tensor:
-    """The sample with the largest error."""
-    if not truth.numel():
-        return samples[0]
-    return max(samples, key=lambda sample: (sample - truth).abs().nan_to_num().amax())
 
 
 def applies(scenario: Scenario, model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from oracle import assert_close_as_torch
+from oracle import assert_close_as_torch, farthest
 from torch import Tensor
 
 from hf_fused_head import reference
@@ -144,18 +144,10 @@ def in_two_orders(run, operands: Operands) -> list[tuple[RowStats, list[Tensor]]
     return [run(operands), (stats, grads)]
 
 
-def _farthest(candidates: list[Tensor], truth: Tensor) -> Tensor:
-    """The candidate with the largest error: what torch reaches in its least lucky order."""
-    if truth.numel() == 0:
-        return candidates[0]
-    errors = [(candidate.double() - truth).abs().nan_to_num().max() for candidate in candidates]
-    return candidates[int(torch.stack(errors).argmax())]
-
-
 def _compare_stats(ours: RowStats, plain: list[RowStats], truth: RowStats) -> None:
     for name in ("nll", "lse", "smooth", "entropy"):
         exact = getattr(truth, name)
-        stock = _farthest([getattr(stats, name) for stats in plain], exact)
+        stock = farthest([getattr(stats, name) for stats in plain], exact)
         assert_close_as_torch(name, getattr(ours, name), stock, exact)
     assert torch.equal(ours.correct, truth.correct)
 
@@ -165,7 +157,7 @@ def _compare_grads(
 ) -> None:
     arithmetic = operands.inputs[0].dtype
     for index, (grad, exact) in enumerate(zip(ours, truth, strict=True)):
-        stock = _farthest([grads[index] for grads in plain], exact)
+        stock = farthest([grads[index] for grads in plain], exact)
         assert_close_as_torch(f"gradient {index}", grad, stock, exact, arithmetic=arithmetic)
 
 

@@ -50,6 +50,14 @@ def assert_close_as_torch(
         )
 
 
+def farthest(candidates: list[Tensor], truth: Tensor) -> Tensor:
+    """The candidate with the largest error: what torch reaches in its least lucky order."""
+    if truth.numel() == 0:
+        return candidates[0]
+    errors = [(candidate.double() - truth).abs().nan_to_num().max() for candidate in candidates]
+    return candidates[int(torch.stack(errors).argmax())]
+
+
 def relative_error(ours: Tensor, truth: Tensor) -> float:
     """Frobenius norm of the difference over that of `truth`, both in float64."""
     ours, truth = ours.detach().double().cpu(), truth.detach().double().cpu()

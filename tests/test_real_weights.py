@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from causal_loss import in_float64
-from oracle import assert_close_as_torch
+from oracle import assert_close_as_torch, relative_error
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -118,8 +118,10 @@ def test_loss_and_gradients(dtype: torch.dtype, smollm, batch, truth) -> None:
     assert report.fused and report.tied and model.config.vocab_size == 49152
     assert found.keys() == expected.keys() == truth.keys()
     if dtype == torch.float32:
+        # By norm: the largest of some hundred errors behind thirty layers is a matter of chance.
         for name, right in truth.items():
-            assert_close_as_torch(name, found[name], expected[name], right)
+            ours, plain = (relative_error(results[name], right) for results in (found, expected))
+            assert ours <= 2 * (plain + torch.finfo(dtype).eps), name
         return
     # Thirty layers of bfloat16 make the error of any single tensor a matter of chance. Judged are
     # samples of all of them together, each in units of its largest entry.
