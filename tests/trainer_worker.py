@@ -39,7 +39,7 @@ def plainly_trained(
     steps: int,
     places: Tensor | None = None,
 ) -> list[Tensor]:
-    """Losses of descent on all of `data` at once, in one process; in place.
+    """Losses of descent on all of `data` at once, in each process by itself; in place.
 
     Args:
         model: A stock model.
@@ -47,7 +47,8 @@ def plainly_trained(
         smoothing: Of the labels.
         by_row: Every row weighs the same, not every token; a row without tokens has loss 0.
         steps: Of plain gradient descent with momentum.
-        places: Of the tokens, in order of rank, if every process has a part of each sequence.
+        places: Of the tokens, in order of rank, if the processes work together and each has a part
+            of every sequence.
     """
     ids, labels = (torch.tensor([row[key] for row in data]) for key in ("input_ids", "labels"))
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

@@ -1,4 +1,4 @@
-"""From a stored tile to the gradients of hidden states, weight and bias, by cuBLAS."""
+"""From a stored tile to gradients, by cuBLAS, and by `last_product` where a sum is rounded."""
 
 from __future__ import annotations
 

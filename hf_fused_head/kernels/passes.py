@@ -351,7 +351,7 @@ def _copy(
 
 
 def _slices(size: int, most: int) -> list[slice]:
-    """Parts of about one size, whole tiles: a short last one would read the head for few rows."""
+    """Parts of about one size rather than a short last one: whole tiles, `most` at the most."""
     parts = max(cdiv(size, most), 1)
     step = max(cdiv(size, parts * MULTIPLE), 1) * MULTIPLE
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]

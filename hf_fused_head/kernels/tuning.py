@@ -22,7 +22,8 @@ class TileConfig(NamedTuple):
             0 for the pointer kernel, one program a tile.
         halves: Whether the persistent kernel stores a tile in two halves, for less shared memory.
         flatten: Whether its loads run ahead across tiles.
-        pingpong: Whether two groups of warps share two tiles that lie side by side (`pingpong`).
+        pingpong: Whether two groups of warps share two tiles that lie side by side (`pingpong`,
+            and `last_product` where the head's gradient is rounded).
     """
 
     block_t: int
@@ -50,7 +51,7 @@ HOPPER = TileConfig(128, 256, 64, 16, 8, 4, halves=True, flatten=True)
 # a second step of the next product before the last columns are finished up to 8 %.
 # The number of warps is the pointer kernel's, which takes matrices that no descriptor can address.
 PINGPONG = TileConfig(128, 128, 64, 16, 8, 3, pingpong=True)
-# Triton versions whose Gluon, which promises nothing, compiles that kernel: from, and below.
+# Triton versions whose Gluon, which promises nothing, compiles Hopper's kernels: from, and below.
 GLUON = ((3, 6), (3, 10))
 # Everything else with 16-bit operands: 64 KiB of shared memory fit every card since Ampere.
 PORTABLE = TileConfig(128, 128, 32, 8, 8, 4)
@@ -85,7 +86,7 @@ def interpreted() -> bool:
 
 
 def knows_gluon() -> bool:
-    """Whether this Triton's Gluon is one that the ping-pong kernel was written for."""
+    """Whether this Triton's Gluon is one that Hopper's kernels were written for."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return GLUON[0] <= version < GLUON[1]
 
