@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ import transformers
 from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from oracle import assert_close_as_torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tiny_models import batch, build
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from trains_like import assert_gradients_like, assert_trains_like, same_modules
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fused_head import (
@@ -457,6 +460,11 @@ def test_a_peft_model_survives_saving_and_copying() -> None:
     assert patch_report(model).fused
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} itself takes PEFT {MIN_PEFT_VERSION} or newer,"
+    f" got {peft.__version__}",
+)
 def test_adapters_added_by_transformers_itself_are_followed() -> None:
     stock = build("llama", tie_word_embeddings=False)
     stock.add_adapter(LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
