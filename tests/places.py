@@ -7,10 +7,12 @@ a worker are made on the default device, which is set before its first case.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+_TESTS = str(Path(__file__).parent)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "shared": "gloo"}
 
 # Parameters of a test that runs a worker: everywhere, or where every process has a device.
@@ -20,7 +22,13 @@ EVERYWHERE = [*ON_TWO_DEVICES, pytest.param("shared", marks=pytest.mark.gpu)]
 
 def environment(place: str) -> dict[str, str]:
     """What a worker is started with; Triton's interpreter runs where there is no GPU."""
-    settings = {"TEST_PLACE": place, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    settings = {
+        "TEST_PLACE": place,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+        # What this process finds, its workers find too.
+        "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH")])),
+    }
     if place == "cpu":
         settings |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
     elif place == "shared":

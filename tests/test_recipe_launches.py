@@ -98,7 +98,6 @@ def test_launched(name: str, tmp_path: Path, folder: Path) -> None:
             **environment("cpu"),
             "PYTHONWARNINGS": "ignore",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
         },
         capture_output=True,
         text=True,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -19,8 +16,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+from two_processes import run_in_two
 
 from hf_fused_head import FusedHeadTrainer, UnsupportedModelError, last_stats, patch_report
+
+pytestmark = pytest.mark.newest
 
 VOCAB = 211  # Prime: no tile, chunk or window divides it.
 HIDDEN = 32
@@ -512,8 +512,6 @@ import sys
 from pathlib import Path
 from test_trainer import *
 
-pytestmark = pytest.mark.newest
-
 def run(trainer_class, model, smoothing):
     args = arguments(Path(sys.argv[1]), ddp_backend="gloo", label_smoothing_factor=smoothing,
                      gradient_accumulation_steps=2, average_tokens_across_devices=True)
@@ -546,14 +544,6 @@ def test_two_processes(tmp_path: Path) -> None:
     """Unequal token counts on two processes: losses, weights and metrics as one would expect."""
     script = tmp_path / "two.py"
     script.write_text(DISTRIBUTED)
-    launch = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
+    done = run_in_two(str(script), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal") == 2

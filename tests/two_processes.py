@@ -28,12 +28,7 @@ def run_in_two(
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={
-            **os.environ,
-            **environment(place),
-            "PYTHONPATH": str(TESTS),
-            "PYTHONWARNINGS": "ignore",
-        },
+        env={**os.environ, **environment(place), "PYTHONWARNINGS": "ignore"},
     )
 
 
