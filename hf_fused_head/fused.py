@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hf_fused_head.kernels import passes
 from hf_fused_head.kernels.call import Call
-from hf_fused_head.kernels.factors import rounding_of_lse, row_gradient
+from hf_fused_head.kernels.factors import row_gradient
 from hf_fused_head.kernels.operands import (
     Abandoned,
     Attempt,
@@ -111,13 +111,13 @@ def forward(
     In an attempt some rows may not count, and are zero then; None if it was abandoned.
     """
     call = _call(operands, labels, attempt)
-    outputs = call.outputs(want_smooth, want_entropy, want_correct, factor=False)
+    outputs = call.outputs(want_smooth, want_entropy, want_correct, factor=False, correction=True)
     with _on_device(labels.device):
         try:
-            anchor = passes.statistics(call, None, outputs, None)
+            passes.statistics(call, None, outputs, None)
         except Abandoned:
             return None
-    return _row_stats(outputs, rounding_of_lse(outputs, anchor))
+    return _row_stats(outputs)
 
 
 def forward_backward(
@@ -147,7 +147,7 @@ def forward_backward(
     whole_rows = schedule.name == "gradient_in_forward"
     kept = round(schedule.kept_share * call.vocab_size) // passes.MULTIPLE * passes.MULTIPLE
     factor = whole_rows or kept > 0
-    outputs = call.outputs(smooth, want_entropy, want_correct, factor)
+    outputs = call.outputs(smooth, want_entropy, want_correct, factor, not whole_rows)
     with _on_device(labels.device):
         try:
             if whole_rows:
@@ -164,7 +164,7 @@ def forward_backward(
                 passes.kept_gradients(call, kept, window, weights, outputs, results)
         except Abandoned:
             return None
-    return _row_stats(outputs, None), grads
+    return _row_stats(outputs), grads
 
 
 def backward(
@@ -314,7 +314,7 @@ def _empty_grads(operands: Operands, needs: Needs, widen_half: bool) -> list[Ten
     return grads
 
 
-def _row_stats(outputs: RowOutputs, correction: Tensor | None) -> RowStats:
+def _row_stats(outputs: RowOutputs) -> RowStats:
     absent = outputs.nll.new_empty
     return RowStats(
         outputs.nll,
@@ -322,7 +322,7 @@ def _row_stats(outputs: RowOutputs, correction: Tensor | None) -> RowStats:
         absent(0) if outputs.smooth is None else outputs.smooth,
         absent(0) if outputs.entropy is None else outputs.entropy,
         absent(0, dtype=torch.bool) if outputs.correct is None else outputs.correct,
-        correction,
+        outputs.correction,
     )
 
 

@@ -99,7 +99,8 @@ class Problem:
     bias: bool = True
     ignored: int = 4
     class_weight: bool = False
-    confident: bool = False
+    confident: bool = False  # nearly sure of the labels
+    surprised: bool = False  # nearly sure of other classes than the labels
     shift: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -118,8 +119,9 @@ class Problem:
         weight = normal(self.vocab_size, self.hidden_size) * self.hidden_size**-0.5
         target = torch.randint(0, self.vocab_size, self.shape, generator=source)
         bias = normal(self.vocab_size) + self.shift
-        if self.confident:
-            hidden = hidden + 30 * F.normalize(weight[target], dim=-1)
+        if self.confident or self.surprised:
+            expected = (target + self.surprised) % self.vocab_size
+            hidden = hidden + 30 * F.normalize(weight[expected], dim=-1)
         flat = target.view(-1)
         if flat.numel() > 1:
             flat[-1] = self.vocab_size - 1
@@ -185,6 +187,11 @@ def results(loss: Loss, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
     wanted = [name for name in NAMES if name in leaves]
     grads = torch.autograd.grad(value, [leaves[name] for name in wanted], upstream)
     return {"loss": value.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiples of 1/16 near these numbers: logits are exact in whatever pieces they are made."""
+    return {n: (t * 16).round() / 16 if n in NAMES else t for n, t in tensors.items()}
 
 
 def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

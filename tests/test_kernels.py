@@ -18,6 +18,7 @@ from head_cases import (
     row_weights,
 )
 from oracle import assert_close_as_torch
+from plain_head import Problem, by_ours, by_plain, exact, results, widened
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -165,6 +166,23 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
     operands = operands._replace(inputs=[hidden])
     stats = check_forward_backward(fused, CASES["plain"], operands, labels)
     assert (stats.nll < 1e-3).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["far", "overflow"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_tokens_sure_of_another_class_keep_their_digits(reduction, scale, monkeypatch):
+    """Windows make p from an lse whose rounding, and the loss's, are thirty times that of a p."""
+    monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
+    options = {"reduction": reduction, "logit_scale": scale}
+    problem = Problem(shape=(40,), ignored=0, surprised=True, options=options)
+    tensors = exact(problem.tensors(torch.float32))
+    upstream = torch.ones(40 if reduction == "none" else ())
+    ours = results(by_ours(problem, "triton"), tensors, upstream)
+    plain = results(by_plain(problem), tensors, upstream)
+    truth = results(by_plain(problem), widened(tensors), upstream.double())
+    assert (truth["loss"] > 20 * scale).any()
+    for name, value in ours.items():
+        assert_close_as_torch(name, value, plain[name], truth[name])
 
 
 def test_only_the_asked_gradients_are_made(monkeypatch):

@@ -14,8 +14,8 @@ from plain_head import (
     NAMES,
     Loss,
     Problem,
-    by_ours,
     by_plain,
+    exact,
     loss_of_logits,
     results,
     shaped_logits,
@@ -92,11 +92,6 @@ def whole(name: str, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Multiples of 1/16 near these numbers: logits are exact in whatever pieces they are made."""
-    return {n: (t * 16).round() / 16 if n in NAMES else t for n, t in tensors.items()}
-
-
 def check(
     problem: Problem,
     sizes: list[int],
@@ -118,15 +113,6 @@ def check(
         if value.dtype != (wide if name == "loss" else dtype):
             raise AssertionError(f"{name}: dtype {value.dtype}")
         assert_close_as_torch(name, value, plain[name], truth[name])
-
-
-def as_one_process(problem: Problem, sizes: list[int], impl: str) -> None:
-    """Loss and every gradient are the engine's own in one process."""
-    tensors = exact(problem.tensors(torch.float32))
-    upstream = torch.randn(problem.shape, generator=generator(3))
-    ours = results(by_shard(problem, sizes, impl), tensors, upstream)
-    for name, alone in results(by_ours(problem, impl), tensors, upstream).items():
-        torch.testing.assert_close(whole(name, ours[name]), alone, msg=name)
 
 
 def compare(problem: Problem, tensors: dict[str, Tensor], sizes: list[int], impl: str) -> None:

@@ -20,7 +20,6 @@ from ranks import run_cases
 from torch import Tensor
 from vocab_parallel_checks import (
     IMPLS,
-    as_one_process,
     by_shard,
     check,
     compare,
@@ -61,6 +60,7 @@ PROBLEMS = {
     "num_items": Problem().with_options(num_items=50),
     "confident": Problem(confident=True),
     "confident_per_token": Problem(confident=True).with_options(reduction="none"),
+    "surprised_per_token": Problem(surprised=True).with_options(reduction="none"),
     "far": FAR,
     "far_per_token": FAR.with_options(reduction="none"),
     "far_smoothed": FAR.with_options(label_smoothing=0.1, z_loss=1e-3),
@@ -81,10 +81,6 @@ CASES: dict[str, Callable[[], None]] = dict(vocab_parallel_contract.CASES)
 
 def each_problem(impl: str, name: str) -> None:
     problem = PROBLEMS[name]
-    if (impl, name) == ("triton", "far_per_token"):
-        # Logits around 500 cost its windows digits, on one rank and on several the same.
-        as_one_process(problem, sizes_of(problem.vocab_size), impl)
-        return
     # The interpreter takes its time.
     shards = [sizes_of] if impl == "triton" else [sizes_of, halves_of]
     for sizes in shards:

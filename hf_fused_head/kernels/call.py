@@ -78,7 +78,9 @@ class Call(NamedTuple):
         memory = self.lent[:size] if fits else self.empty(size)
         return memory.view(kinds, num_tiles, num_rows)
 
-    def outputs(self, smooth: bool, entropy: bool, correct: bool, factor: bool) -> RowOutputs:
+    def outputs(
+        self, smooth: bool, entropy: bool, correct: bool, factor: bool, correction: bool
+    ) -> RowOutputs:
         rows = self.num_tokens
         return RowOutputs(
             nll=self.empty(rows),
@@ -87,6 +89,7 @@ class Call(NamedTuple):
             entropy=self.empty(rows) if entropy else None,
             correct=self.empty(rows, dtype=torch.bool) if correct else None,
             factor=self.empty(rows) if factor else None,
+            correction=self.empty(rows) if correction else None,
             overflowed=self.empty(rows, dtype=torch.int32),
         )
 

@@ -9,6 +9,21 @@ from hf_fused_head.kernels.product import LOG2E, logits_of, softcap_slope
 
 # exp of this is zero in float32: what lies lower counts as this where a logarithm has to be finite.
 LOWEST = tl.constexpr(-200.0)
+# log(2) in two parts, the first of so few bits that small multiples of it are exact.
+_LN2_HIGH = tl.constexpr(0.693359375)
+_LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
+
+
+@triton.jit
+def _exponential(x, EXACT: tl.constexpr):
+    """exp(x); if `EXACT` with float32's digits also where `x * log2(e)` is rounded to fewer."""
+    if EXACT:
+        # No maximum, which would hide a NaN.
+        x = tl.where(x < LOWEST, LOWEST, x)
+        octaves = tl.floor(x * LOG2E + 0.5)
+        rest = x - octaves * _LN2_HIGH - octaves * _LN2_LOW
+        return tl.exp2(octaves) * tl.exp2(rest * LOG2E)
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -92,6 +107,7 @@ def epilogue(
     gamma_ptr,
     eta_ptr,
     entropy_ptr,
+    EXACT: tl.constexpr = False,
 ):
     """Turns accumulated products into the tile to be stored, float32, and its row sums.
 
@@ -99,6 +115,7 @@ def epilogue(
     `holds_label` what `labels_among` says of them. Without `alpha_ptr` the tile holds
     exp(z - anchor), zero at the label and times the softcap's slope; with it, the gradient of the
     accumulated products. The sums are for `store_sums`; those without a pointer mean nothing.
+    `EXACT` is for float32 operands, whose results show how exponents were rounded.
     """
     mask_t = offs_t < num_tokens
     labels = (labels - vocab_start).to(tl.int32)
@@ -120,7 +137,7 @@ def epilogue(
                 tl.store(target_shifted_ptr + offs_t, target_shifted, mask=own)
             outside = at_label | (offs_v >= vocab_size)[None, :]
             shifted = tl.where(outside, float("-inf"), shifted)
-        tile = tl.exp2(shifted * LOG2E)
+        tile = _exponential(shifted, EXACT)
         if total_ptr is not None:
             total = tl.sum(tile, 1)
         if best_ptr is not None:
@@ -130,7 +147,7 @@ def epilogue(
         if softcap is not None:
             tile *= softcap_slope(logits, softcap)
     else:
-        exponents = tl.exp2(shifted * LOG2E)
+        exponents = _exponential(shifted, EXACT)
         alpha = tl.load(alpha_ptr + offs_t, mask=mask_t, other=0.0)
         if eta_ptr is not None:
             eta = tl.load(eta_ptr + offs_t, mask=mask_t, other=0.0)

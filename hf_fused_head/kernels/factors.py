@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.kernels.call import Call
-from hf_fused_head.kernels.operands import RowGradient, RowOutputs
+from hf_fused_head.kernels.operands import RowGradient
 
 # float16 gradients of logits are stored with their largest row factor at this power of two.
 _HALF_PEAK = 2.0**14
@@ -49,7 +49,7 @@ def row_gradient(
         nll: Minus the log-probability of the labels.
         lse: Log-sum-exp of the logits.
         entropy: Needed with `g_entropy`.
-        correction: What `rounding_of_lse` returns.
+        correction: See `RowOutputs`.
         g_nll: Upstream gradient of nll.
         g_lse: Upstream gradient of lse.
         g_smooth: Upstream gradient of the smoothing term.
@@ -69,15 +69,6 @@ def row_gradient(
         alpha = alpha * correction
         eta = None if eta is None else eta * correction
     return RowGradient(lse, alpha, target, gamma, eta, None if eta is None else entropy)
-
-
-def rounding_of_lse(outputs: RowOutputs, anchor: Tensor) -> Tensor:
-    """The c of `p_j = c exp(z_j - lse)`: what rounding the sum `anchor + nll` to lse took away."""
-    larger, smaller = anchor, outputs.nll
-    swap = smaller.abs() > larger.abs()
-    larger, smaller = torch.where(swap, smaller, larger), torch.where(swap, larger, smaller)
-    # Subtracting the larger term first is exact.
-    return torch.exp(outputs.lse - larger - smaller).masked_fill_(anchor.isinf(), 0.0)
 
 
 def gamma_of(call: Call, smooth_weight: Tensor | None) -> Tensor | None:

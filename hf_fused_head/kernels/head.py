@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,6 +58,7 @@ def _head_descriptor_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Persistent: program i owns tiles i, i + NUM_PROGRAMS, ... of the logits.
 
@@ -129,6 +131,7 @@ def _head_descriptor_kernel(
             gamma_ptr,
             eta_ptr,
             entropy_ptr,
+            EXACT,
         )
         pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
         store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
@@ -185,6 +188,7 @@ def _head_pointer_kernel(
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Any card: one program owns one tile of the logits, loads and stores through pointers."""
     # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
@@ -257,6 +261,7 @@ def _head_pointer_kernel(
         gamma_ptr,
         eta_ptr,
         entropy_ptr,
+        EXACT,
     )
     pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
     store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
@@ -380,6 +385,7 @@ def _launch(
         "GROUP_T": config.group_t,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "UPCAST": upcast,
+        "EXACT": head.hidden.dtype == torch.float32,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

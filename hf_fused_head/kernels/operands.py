@@ -131,6 +131,7 @@ class RowOutputs(NamedTuple):
     entropy: Tensor | None  # float32
     correct: Tensor | None  # bool
     factor: Tensor | None  # float32: gradient of the logits / stored exponents
+    correction: Tensor | None  # float32: p_j = correction exp(z_j - lse), as rounding left lse
     overflowed: Tensor  # int32: exp overflowed; the row has to be made around its maximum
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.kernels.call import Call
-from hf_fused_head.kernels.factors import gamma_of, in_half_range, rounding_of_lse, row_gradient
+from hf_fused_head.kernels.factors import gamma_of, in_half_range, row_gradient
 from hf_fused_head.kernels.gradients import EXTRA_ROWS, stored_gradients, window_gradients
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.merging import merged_sums
@@ -32,10 +32,8 @@ _STATISTICS_ROWS = 8192
 
 def statistics(
     call: Call, weights: RowWeights | None, outputs: RowOutputs, store: Tensor | None
-) -> Tensor:
+) -> None:
     """One pass over the whole head that fills `outputs`, and `store` with the first exponents.
-
-    Returns the logits of the labels, [T] float32; infinity where none counts.
 
     Args:
         call: The rows. With an attempt the first product decides it.
@@ -49,23 +47,19 @@ def statistics(
     kinds = 1 + outputs.need_best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
     most = min(call.sums_bytes // (kinds * call.row_sum_bytes), _STATISTICS_ROWS)
     most = max(most // MULTIPLE, 1) * MULTIPLE
-    anchor = call.empty(call.num_tokens)
     for rows in _slices(call.num_tokens, most):
         _row_statistics(
             call.rows(rows),
-            anchor[rows],
             None if weights is None else weights.rows(rows),
             outputs.rows(rows),
             None if store is None else store[rows],
             kinds,
         )
         call = call._replace(attempt=None)
-    return anchor
 
 
 def _row_statistics(
     call: Call,
-    anchor: Tensor,
     weights: RowWeights | None,
     outputs: RowOutputs,
     store: Tensor | None,
@@ -73,6 +67,7 @@ def _row_statistics(
 ) -> None:
     """`statistics` of rows whose sums are held at once."""
     head, labels = call.head, call.labels
+    anchor = call.empty(call.num_tokens)
     num_tiles = cdiv(call.vocab_size, call.config.block_v)
     tiles = iter(call.row_sums(kinds, num_tiles, call.num_tokens))
     sums = RowSums(
@@ -237,7 +232,7 @@ def kept_gradients(
         kept: Columns whose exponents are kept: whole tiles, less than the vocabulary.
         window: Columns made again at once, at most.
         weights: The objective.
-        outputs: Written, `factor` among them if `kept`.
+        outputs: Written, `correction` among them, and `factor` if `kept`.
         results: The gradients, written; None where nobody wants one.
 
     Raises:
@@ -246,7 +241,7 @@ def kept_gradients(
     extra = EXTRA_ROWS if kept and weights.smooth is not None else 0
     store = call.tile(call.num_tokens + extra, kept) if kept else None
     call = call.borrowing(results.weight)
-    anchor = statistics(call, weights if kept else None, outputs, store)
+    statistics(call, weights if kept else None, outputs, store)
     totals = None
     if store is not None:
         totals = results._replace(hidden=[_accumulator(t, True) for t in results.hidden])
@@ -266,7 +261,7 @@ def kept_gradients(
     lse = outputs.lse.masked_fill(ignored, float("inf"))
     weights = weights.without(ignored)
     g_lse = torch.zeros_like(lse) if weights.z is None else 2 * weights.z * outputs.lse
-    rows = (outputs.nll, lse, None, rounding_of_lse(outputs, anchor))
+    rows = (outputs.nll, lse, None, outputs.correction)
     gradient = row_gradient(call, *rows, weights.nll, g_lse, weights.smooth, None)
     recomputed_gradients(call, gradient, kept, window, totals, results)
 

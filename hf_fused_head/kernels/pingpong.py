@@ -63,6 +63,7 @@ _epilogue = _in_gluon(
     tile_epilogue.epilogue,
     logits_of=_logits_of,
     softcap_slope=_softcap_slope,
+    _exponential=_in_gluon(tile_epilogue._exponential),
     _smooth_sum=_in_gluon(tile_epilogue._smooth_sum),
     _entropy_sum=_in_gluon(tile_epilogue._entropy_sum),
 )

@@ -44,6 +44,7 @@ def finish_rows(
     lse_ptr,
     entropy_ptr,
     factor_ptr,
+    correction_ptr,
     labels_ptr,
     store_ptr,
     stride_store_t,
@@ -66,9 +67,13 @@ def finish_rows(
     # Around its own label a row keeps the digits of a tiny loss; around its maximum it is large.
     wide_nll = tl.where(offset == 0.0, _log1p(wide_total), tl.log(wide) - offset)
     nll = tl.where(counts, wide_nll, absent).to(tl.float32)
-    lse = tl.where(counts, label_logit + wide_nll, absent).to(tl.float32)
+    wide_lse = label_logit + wide_nll
+    lse = tl.where(counts, wide_lse, absent).to(tl.float32)
     tl.store(nll_ptr + offs_t, nll, mask=mask_t)
     tl.store(lse_ptr + offs_t, lse, mask=mask_t)
+    if correction_ptr is not None:
+        correction = tl.where(counts, tl.exp(lse - wide_lse), 0.0)
+        tl.store(correction_ptr + offs_t, correction.to(tl.float32), mask=mask_t)
     if entropy_ptr is not None:
         mean = (entropy_sum + exp_label * offset) / wide
         entropy = tl.where(counts, tl.maximum(wide_nll + offset - mean, 0.0), 0.0)
@@ -115,6 +120,7 @@ def _finish_kernel(
     entropy_ptr,
     correct_ptr,
     factor_ptr,
+    correction_ptr,
     overflowed_ptr,
     store_ptr,
     stride_store_t,
@@ -175,6 +181,7 @@ def _finish_kernel(
         lse_ptr,
         entropy_ptr,
         factor_ptr,
+        correction_ptr,
         labels_ptr,
         store_ptr,
         stride_store_t,
