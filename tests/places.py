@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_TESTS = str(Path(__file__).parent)
+TESTS = Path(__file__).parent
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "shared": "gloo"}
 
 # Parameters of a test that runs a worker: everywhere, or where every process has a device.
@@ -27,7 +27,7 @@ def environment(place: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "0",
         # What this process finds, its workers find too.
-        "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     }
     if place == "cpu":
         settings |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}

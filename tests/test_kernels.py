@@ -171,7 +171,7 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["far", "overflow"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_tokens_sure_of_another_class_keep_their_digits(reduction, scale, monkeypatch):
-    """Windows make p from an lse whose rounding, and the loss's, are thirty times that of a p."""
+    """There lse and loss are large, and so is what rounding takes from them and from exponents."""
     monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
     options = {"reduction": reduction, "logit_scale": scale}
     problem = Problem(shape=(40,), ignored=0, surprised=True, options=options)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from places import environment
-
-TESTS = Path(__file__).parent
+from places import TESTS, environment
 
 
 def run_in_two(

@@ -17,6 +17,7 @@ logits: never the logits themselves.
     head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
     pingpong.py    the persistent kernel of Hopper cards, in Gluon, around the same epilogue
     last_product.py  a product that completes a float32 sum and rounds it, in Gluon
+    hopper.py      what these two share: the ring of operands and the loop over it
     rows.py        which labels count, the logit of the label, scaling by row
     statistics.py  sums of tiles to statistics of rows
     overflow.py    rows whose exponents overflowed, made again around their maximum

@@ -21,14 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_fused_head.kernels.pingpong import (
+from hf_fused_head.kernels.hopper import (
     LOADING,
     MULTIPLYING,
     async_load,
     async_store,
     descriptor,
-    tile_position,
+    multiply_rest,
+    next_slot,
+    ring_barriers,
 )
+from hf_fused_head.kernels.pingpong import tile_position
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
 
 
@@ -58,10 +61,7 @@ def _load_operands(descs, buffers, grid, STAGES: gl.constexpr, GROUP_H: gl.const
             for half in gl.static_range(2):
                 first_h = (2 * pid_h + half) * COLUMNS
                 async_load(hidden_desc, [first_t, first_h], bar, hidden_bufs.index(2 * slot + half))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -103,7 +103,7 @@ def _multiply(
     GROUP_H: gl.constexpr,
 ):
     """One of the two groups that multiply: rows `WHO * 64` to `WHO * 64 + 63` of every tile."""
-    tile_bufs, hidden_bufs, ready, free = buffers
+    tile_bufs, hidden_bufs, ready, _ = buffers
     num_tiles, num_tiles_v, num_tiles_h, num_steps = grid
     _, hidden_size = sizes
     ROWS: gl.constexpr = tile_bufs.type.shape[2]
@@ -129,26 +129,9 @@ def _multiply(
             _finish_half(right, right_v, right_h, sums, out, sizes, WHO, 1)
         right = gl.zeros((ROWS, COLUMNS), dtype=gl.float32, layout=layout)
         right = _multiply_half(right, tile_bufs, hidden_bufs, slot, True, WHO, 1)
-        # Waits for nothing: only makes of both what the loop carries.
-        left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
-        for _ in range(num_steps - 1):
-            last = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-            mbarrier.wait(ready.index(slot), phase)
-            left = _multiply_half(left, tile_bufs, hidden_bufs, slot, False, WHO, 0)
-            right = _multiply_half(right, tile_bufs, hidden_bufs, slot, False, WHO, 1)
-            # One step stays in flight; the one before it has read its operands.
-            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
-            mbarrier.arrive(free.index(last), count=1)
-        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
-        mbarrier.arrive(free.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        left, right, slot, phase = multiply_rest(
+            left, right, buffers, slot, phase, num_steps, _multiply_half, WHO, STAGES
+        )
         _finish_half(left, first_v, first_h, sums, out, sizes, WHO, 0)
         right_v = first_v
         right_h = first_h + COLUMNS
@@ -187,12 +170,7 @@ def _last_product_kernel(
         dtype, [2 * STAGES, BLOCK_T, COLUMNS], hidden_desc.layout
     )
     out_bufs = gl.allocate_shared_memory(dtype, [4, ROWS, COLUMNS], out_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
-    fence_async_shared()
+    ready, free = ring_barriers(STAGES)
 
     buffers = (tile_bufs, hidden_bufs, ready, free)
     descs = (tile_desc, hidden_desc)

@@ -30,19 +30,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fused_head.kernels import epilogue as tile_epilogue
 from hf_fused_head.kernels import product
+from hf_fused_head.kernels.hopper import (
+    LOADING,
+    MULTIPLYING,
+    async_load,
+    async_store,
+    descriptor,
+    multiply_rest,
+    next_slot,
+    ring_barriers,
+)
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
-
-# Renamed in Triton 3.8; both take the same arguments.
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-# Registers of a thread: what the loading warp leaves to those that hold a tile of 64 x 256.
-MULTIPLYING = gl.constexpr(240)
-LOADING = gl.constexpr(24)
 
 
 def _in_gluon(function: Any, **names: Any) -> Any:
@@ -100,10 +101,7 @@ def _load_operands(operands, buffers, grid, STAGES: gl.constexpr, GROUP_T: gl.co
                 async_load(
                     low_weight_desc, [pid_v * BLOCK_V, first_h], bar, weight_bufs.index(slot)
                 )
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -170,7 +168,7 @@ def _multiply(
     num_tokens, vocab_size = sizes
     labels_ptr, shift_ptr = rows
     vocab_start = epilogue[0][0]
-    hidden_bufs, weight_bufs, ready, free = buffers
+    hidden_bufs, weight_bufs, ready, _ = buffers
     num_tiles, num_tiles_t, num_tiles_v, num_steps, num_low_steps = grid
     ROWS: gl.constexpr = hidden_bufs.type.shape[1]
     COLUMNS: gl.constexpr = weight_bufs.type.shape[1] // 2
@@ -211,26 +209,17 @@ def _multiply(
         middle = first_v + COLUMNS
         left_holds = _labels_among(all_labels, first_v, middle, vocab_start)
         right_holds = _labels_among(all_labels, middle, middle + COLUMNS, vocab_start)
-        # Waits for nothing: only makes of both what the loop carries.
-        left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
-        for _ in range(num_steps + num_low_steps - 1):
-            last = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-            mbarrier.wait(ready.index(slot), phase)
-            left = _multiply_half(left, hidden_bufs, weight_bufs, slot, False, WHO, 0)
-            right = _multiply_half(right, hidden_bufs, weight_bufs, slot, False, WHO, 1)
-            # One step stays in flight; the one before it has read its operands.
-            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
-            mbarrier.arrive(free.index(last), count=1)
-        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
-        mbarrier.arrive(free.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        left, right, slot, phase = multiply_rest(
+            left,
+            right,
+            buffers,
+            slot,
+            phase,
+            num_steps + num_low_steps,
+            _multiply_half,
+            WHO,
+            STAGES,
+        )
         half = (first_t, first_v, labels, shift, left_holds)
         _finish_half(left, *half, store, sizes, epilogue, WHO, 0)
         right_t = first_t
@@ -299,12 +288,7 @@ def _head_pingpong_kernel(
     out_bufs = gl.allocate_shared_memory(
         dtype, [4, ROWS, BLOCK_V // 2] if store_desc is not None else [4, 8, 64], out_layout
     )
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
-    fence_async_shared()
+    ready, free = ring_barriers(STAGES)
 
     operands = (hidden_desc, weight_desc, low_desc, low_weight_desc)
     buffers = (hidden_bufs, weight_bufs, ready, free)
@@ -354,12 +338,3 @@ def launch_pingpong(
         GROUP_T=config.group_t,
         num_warps=4,
     )
-
-
-def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, block, _layout(*block, str(matrix.dtype)[6:]))
-
-
-@functools.cache
-def _layout(rows: int, columns: int, dtype: str) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, dtype))
