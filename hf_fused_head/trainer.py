@@ -18,6 +18,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from hf_fused_head.cut_checkpoints import (
     whole_tensors,
 )
 from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
+from hf_fused_head.patches.adapter import options_of, patch_for_trainer
 
 if TYPE_CHECKING:
     from hf_fused_head.functional import LossStats
@@ -63,19 +65,23 @@ class FusedHeadTrainer(Trainer):
     do; all processes have to come to `save_model`.
 
     A step whose loss did not come from the head, whatever has been done to the model since, is an
-    error, unless `head_options` has strict=False.
+    error, unless the model is patched with strict=False.
+
+    The options of a model that is patched already are kept. An option named in `head_options`
+    replaces the model's; a nonzero `label_smoothing_factor` does so for this trainer only. Empty
+    `stats` become ("accuracy", "entropy"), unless `head_options` names them.
 
     Args:
         model: As for the Trainer; patched in place. What `model_init` returns is patched too.
         args: As for the Trainer; `label_smoothing_factor` becomes part of the fused loss.
         *positional: Further arguments of the Trainer.
-        head_options: Keywords of `apply_patch`; `stats` defaults to ("accuracy", "entropy").
+        head_options: Keywords of `apply_patch`; an option that is left out keeps its value.
         **keywords: Further arguments of the Trainer.
 
     Raises:
         TypeError: If `head_options` holds an unknown key.
-        ValueError: If `args` contradict a fused head.
-        UnsupportedModelError: If the model cannot be fused, unless `head_options` has strict=False.
+        ValueError: If `args` contradict `head_options` or a fused head.
+        UnsupportedModelError: If the model cannot be fused, unless it is patched with strict=False.
     """
 
     def __init__(
@@ -87,13 +93,14 @@ class FusedHeadTrainer(Trainer):
         **keywords: Any,
     ) -> None:
         self.head_options = _checked_options(head_options, args)
+        self._strict = True
         self._train_sums = TokenSums()
         self._eval_sums = TokenSums()
         self._targets: Tensor | None = None
         with saves_optimizer_itself(model, args):
             super().__init__(model, args, *positional, **keywords)
         if model is not None:
-            apply_patch(model, **self.head_options)
+            self._patch(model)
         # Put back if the model turns out, at its first forward, to be one that cannot be fused.
         self._stock_smoother = self.label_smoother
         self.label_smoother = None if self._is_fused() else self._stock_smoother
@@ -105,7 +112,7 @@ class FusedHeadTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model, patched."""
-        return apply_patch(super().call_model_init(trial), **self.head_options)
+        return self._patch(super().call_model_init(trial))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock Trainer does; the first logging window starts empty."""
@@ -133,8 +140,7 @@ class FusedHeadTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """The stock step; sums of its token statistics stay on the device until they are logged."""
         has_labels = self._loss_is_from_head(inputs)
-        strict = has_labels and self.head_options.get("strict", True)
-        with require_fused(model) if strict else nullcontext():
+        with require_fused(model) if has_labels and self._strict else nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if has_labels:
             self._train_sums.add(self._last_stats(model))
@@ -234,6 +240,15 @@ class FusedHeadTrainer(Trainer):
         """Whether weights are cut, and no engine of accelerate looks after them."""
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return not engine and is_cut(self.model)
+
+    def _patch(self, model: nn.Module) -> nn.Module:
+        """`model`, patched; its own options stay where `head_options` names none."""
+        own = replace(options_of(model), **self.head_options)
+        if "stats" not in self.head_options and not own.stats:
+            own = replace(own, stats=_STATS)
+        self._strict = own.strict
+        smoothing = self.args.label_smoothing_factor or own.label_smoothing
+        return patch_for_trainer(model, own, label_smoothing=smoothing)
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(sums, "sum"))
@@ -338,8 +353,8 @@ class TokenSums:
 def _checked_options(
     head_options: Mapping[str, Any] | None, args: TrainingArguments | None
 ) -> dict[str, Any]:
-    """The keywords for `apply_patch`, with the smoothing of `args` among them."""
-    options = {"stats": _STATS, **(head_options or {})}
+    """The keywords for `apply_patch` that are given by name."""
+    options = dict(head_options or {})
     known = inspect.signature(apply_patch).parameters.keys() - {"model"}
     for key in options:
         if key not in known:
@@ -356,7 +371,7 @@ def _checked_options(
             "fused_linear_cross_entropy=False, or use transformers.Trainer"
         )
     smoothing = args.label_smoothing_factor
-    if smoothing and options.setdefault("label_smoothing", smoothing) != smoothing:
+    if smoothing and options.get("label_smoothing", smoothing) != smoothing:
         raise ValueError(
             "`head_options['label_smoothing']` must equal args.label_smoothing_factor="
             f"{smoothing!r}, got {options['label_smoothing']!r}: name the smoothing in one place"

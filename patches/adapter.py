@@ -15,7 +15,8 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast, get_args
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -36,8 +37,16 @@ from .swap import STATE
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_refusals: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Why a model is stock although it was to be fused; the model itself carries no trace of it."""
+
+class Refusal(NamedTuple):
+    """Why a model is stock although it was to be fused, and the options that it was to have."""
+
+    reason: str
+    options: PatchOptions
+
+
+_refusals: weakref.WeakKeyDictionary[nn.Module, Refusal] = weakref.WeakKeyDictionary()
+"""The refusals of stock models, which carry no trace of one themselves."""
 
 
 def apply_patch(
@@ -95,10 +104,10 @@ def apply_patch(
     except UnsupportedModelError as error:
         if strict:
             raise
-        _refuse_mildly(neighbours.unwrapped(model), error)
+        _refuse_mildly(neighbours.unwrapped(model), error, options)
         return model
     state = target.__dict__.get(STATE) or PatchState(options)
-    state.options = options
+    state.options = state.own_options = options
     _refusals.pop(target, None)
     _adopt_model(target, state)
     return model
@@ -115,6 +124,7 @@ def remove_patch(model: Model) -> Model:
     """
     target = neighbours.unwrapped(model)
     if isinstance(target, nn.Module):
+        _refusals.pop(target, None)
         for module in list(swap.swapped_modules(target)):
             neighbours.decompose(module)
             swap.restore(module)
@@ -139,7 +149,7 @@ def patched(
     """
     target = neighbours.unwrapped(model)
     state = target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
-    former = None if state is None else state.options
+    former = None if state is None else (state.options, state.own_options)
     apply_patch(
         model,
         impl=impl,
@@ -153,7 +163,7 @@ def patched(
         yield model
     finally:
         if state is not None and former is not None and STATE in target.__dict__:
-            state.options = former
+            state.options, state.own_options = former
         else:
             remove_patch(model)
 
@@ -178,9 +188,37 @@ def state_of(model: nn.Module) -> PatchState | None:
     return target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
 
 
-def refusal_of(model: nn.Module) -> str | None:
+def refusal_of(model: nn.Module) -> Refusal | None:
     """Why this stock model was refused; None where it was not."""
     return _refusals.get(neighbours.unwrapped(model))
+
+
+def options_of(model: nn.Module) -> PatchOptions:
+    """What `apply_patch` was last called with, also where it left the model stock.
+
+    Args:
+        model: Any model; one that `apply_patch` was never called on has the default options.
+    """
+    state, refusal = state_of(model), refusal_of(model)
+    if state is not None:
+        return state.own_options
+    return PatchOptions() if refusal is None else refusal.options
+
+
+def patch_for_trainer(model: Model, options: PatchOptions, label_smoothing: float) -> Model:
+    """`apply_patch` with a smoothing that is the trainer's and not one of the model's options.
+
+    Args:
+        model: As for `apply_patch`.
+        options: What `options_of` gives afterwards.
+        label_smoothing: Used by forwards instead of `options.label_smoothing`.
+    """
+    apply_patch(model, **asdict(replace(options, label_smoothing=label_smoothing)))
+    state = state_of(model)
+    if state is not None:
+        smoothing = options.label_smoothing
+        state.own_options = replace(state.options, label_smoothing=smoothing)
+    return model
 
 
 def static_obstacle(target: Any) -> str | None:
@@ -232,9 +270,9 @@ def _patchable(model: Any) -> PreTrainedModel:
     return cast(PreTrainedModel, target)
 
 
-def _refuse_mildly(target: nn.Module, error: UnsupportedModelError) -> None:
+def _refuse_mildly(target: nn.Module, error: UnsupportedModelError, options: PatchOptions) -> None:
     if isinstance(target, nn.Module):
-        _refusals[target] = str(error)
+        _refusals[target] = Refusal(str(error), options)
     warnings.warn(f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3)
 
 
@@ -379,9 +417,9 @@ def _refused(
     if isinstance(error, RowCountError):
         _let_stock_complain(model, state, stock, args, kwargs)
     if state.options.strict or kwargs.get("past_key_values") is not None:
-        _refusals[model] = str(error)
+        _refusals[model] = Refusal(str(error), state.own_options)
         raise error
-    _refuse_mildly(model, error)
+    _refuse_mildly(model, error, state.own_options)
     return stock(*args, **kwargs)
 
 

@@ -124,7 +124,9 @@ def require_fused(model: nn.Module) -> Iterator[None]:
 
 def _why_stock(target: Any) -> str:
     refused = refusal_of(target) if isinstance(target, nn.Module) else None
-    return refused or static_obstacle(target) or "apply_patch has not been called on this model"
+    if refused is not None:
+        return refused.reason
+    return static_obstacle(target) or "apply_patch has not been called on this model"
 
 
 def _facts(target: Any, state: PatchState) -> PatchReport:

@@ -40,12 +40,15 @@ class PatchState:
     """What a patched model and its head share: options, open calls, what the last forward left.
 
     Attributes:
+        options: Those of the next forward.
+        own_options: Those that `apply_patch` was called with, without what a trainer has changed.
         rowwise: What heads that treat each token by itself are made of.
         ran: Whether a forward has taken its loss out of the head since this was last lowered.
     """
 
     def __init__(self, options: PatchOptions) -> None:
         self.options = options
+        self.own_options = options
         self.calls: dict[int, Call | None] = {}
         self.stats: tuple[Tensor | None, ...] | None = None
         self.last: LastForward | None = None
@@ -54,10 +57,11 @@ class PatchState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts without the calls and results of the original.
-        return {"options": self.options}
+        return {"options": self.options, "own_options": self.own_options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         PatchState.__init__(self, state["options"])
+        self.own_options = state["own_options"]
 
     def current(self) -> Call | None:
         """The open call of this thread, or of the compiled region that it runs."""
