@@ -40,7 +40,14 @@ from hf_fused_head.kernels.operands import (
     Totals,
 )
 from hf_fused_head.kernels.rows import launch_count, launch_multiply
-from hf_fused_head.kernels.tuning import GLUON, cdiv, interpreted, knows_gluon, tile_config
+from hf_fused_head.kernels.tuning import (
+    GLUON,
+    allows_tf32,
+    cdiv,
+    interpreted,
+    knows_gluon,
+    tile_config,
+)
 from hf_fused_head.options import Needs, Operands, RowStats
 from hf_fused_head.schedule import Schedule, plan
 from hf_fused_head.workspace import TRITON_SUMS_BYTES
@@ -253,12 +260,11 @@ def _call(operands: Operands, labels: Tensor, attempt: Attempt | None = None) ->
         operands.softcap,
     )
     config = tile_config(labels.device, hidden.dtype)
-    allow_tf32 = labels.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
     return Call(
         head,
         labels.contiguous(),
         config,
-        allow_tf32,
+        allows_tf32(labels.device),
         TRITON_SUMS_BYTES,
         attempt,
         operands.shard,

@@ -73,12 +73,14 @@ def plain_result(batch: Batch, mode: str, dtype: torch.dtype) -> Result:
 
 def truth_of(batch: Batch, mode: str) -> Result:
     """Loss and gradients in the widest dtype that fits, with honest float32 products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Unlike `get_float32_matmul_precision` this can be read whichever API it was set by.
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         return plain_result(batch, mode, truth_dtype(batch))
     finally:
-        torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision = precision
 
 
 def truth_dtype(batch: Batch) -> torch.dtype:

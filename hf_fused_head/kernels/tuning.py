@@ -91,6 +91,16 @@ def knows_gluon() -> bool:
     return GLUON[0] <= version < GLUON[1]
 
 
+def allows_tf32(device: torch.device) -> bool:
+    """Whether float32 products on `device` may round their operands to TF32, as torch's own may.
+
+    `fp32_precision` is what torch's products follow: the setting of the operator, else that of the
+    backend, else the global one. The older `allow_tf32` and `set_float32_matmul_precision` write it
+    too; reading those instead raises once both kinds were used.
+    """
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
     """The tile for operands of `dtype` on `device`."""
     if interpreted():

@@ -1,0 +1,141 @@
+"""Run by test_tf32.py in a process of its own, whose children each make some settings of TF32."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_fused_head import fused
+from hf_fused_head.kernels.call import Call
+from hf_fused_head.options import Operands
+
+OPERATOR, BACKEND, GLOBAL = "operator", "backend", "global"
+
+
+class Setting(NamedTuple):
+    """A statement, the level at which torch holds its value, and that value."""
+
+    statement: str
+    level: str
+    value: str
+
+
+SETTINGS = [
+    # The older API. The numbers of its bits are those of float32 products everywhere.
+    Setting("torch.backends.cuda.matmul.allow_tf32 = True", OPERATOR, "tf32"),
+    Setting("torch.backends.cuda.matmul.allow_tf32 = False", OPERATOR, "ieee"),
+    Setting("torch.set_float32_matmul_precision('medium')", OPERATOR, "tf32"),
+    Setting("torch.set_float32_matmul_precision('high')", OPERATOR, "tf32"),
+    Setting("torch.set_float32_matmul_precision('highest')", OPERATOR, "ieee"),
+    # The newer one.
+    Setting("torch.backends.cuda.matmul.fp32_precision = 'tf32'", OPERATOR, "tf32"),
+    Setting("torch.backends.cuda.matmul.fp32_precision = 'ieee'", OPERATOR, "ieee"),
+    Setting("torch.backends.cuda.matmul.fp32_precision = 'none'", OPERATOR, "none"),
+    Setting("torch.backends.cudnn.fp32_precision = 'tf32'", BACKEND, "tf32"),
+    Setting("torch.backends.cudnn.fp32_precision = 'ieee'", BACKEND, "ieee"),
+    Setting("torch.backends.fp32_precision = 'tf32'", GLOBAL, "tf32"),
+    Setting("torch.backends.fp32_precision = 'ieee'", GLOBAL, "ieee"),
+]
+
+
+def expected(settings: Sequence[Setting]) -> bool:
+    """Whether products may use TF32: the last value of the nearest level that has one."""
+    held = {setting.level: setting.value for setting in settings}
+    values = [held.get(level, "none") for level in (OPERATOR, BACKEND, GLOBAL)]
+    return next((value for value in values if value != "none"), "ieee") == "tf32"
+
+
+def fake_call(device: str) -> Call:
+    """What the engine makes of tensors on `device`, which this machine need not have."""
+    with FakeTensorMode():
+        hidden, weight = torch.empty(3, 4, device=device), torch.empty(5, 4, device=device)
+        labels = torch.empty(3, dtype=torch.int64, device=device)
+    return fused._call(Operands([hidden], [weight], None, None, 1.0, None), labels)
+
+
+def readings() -> list[object]:
+    """Everything that can be read of the settings; None where reading raises."""
+    questions: list[Callable[[], object]] = [
+        lambda: torch.backends.fp32_precision,
+        lambda: torch.backends.cudnn.fp32_precision,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ]
+    found: list[object] = []
+    for question in questions:
+        try:
+            found.append(question())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+def reads(settings: Sequence[Setting]) -> None:
+    """The engine reads what torch follows, by any API, and leaves every setting as it is."""
+    before = readings()
+    for device in ("cuda", "cpu"):
+        assert fake_call(device).allow_tf32 == (device == "cuda" and expected(settings))
+    assert readings() == before
+    # The older API says the same where it says something.
+    assert before[3] in (None, expected(settings))
+
+
+def computes(settings: Sequence[Setting]) -> None:
+    """On a GPU: torch's products and the kernels' round their operands, or neither does."""
+    from hf_fused_head.functional import linear_cross_entropy
+
+    # A bit below the last one that TF32 keeps, in logits that are all the same.
+    hidden = torch.full((256, 256), 1 + 2.0**-12, device="cuda")
+    weight = torch.zeros((256, 256), device="cuda")
+    weight[:, 0] = 64.0
+    labels = torch.zeros(256, dtype=torch.int64, device="cuda")
+    stock_rounds = not torch.equal(hidden @ weight.T, 64 * hidden)
+    # The label's own logit is never rounded, so that the loss shows it if the others are.
+    loss = linear_cross_entropy(hidden, weight, labels, impl="triton")
+    even = torch.tensor(256.0, device="cuda").log()
+    assert stock_rounds == expected(settings)
+    assert ((loss - even).abs() > 2.0**-7).item() == stock_rounds
+
+
+def main(
+    check: Callable[[Sequence[Setting]], None], combinations: list[tuple[Setting, ...]]
+) -> None:
+    """`check` after each combination of settings, every one in a process that has made no other."""
+    failures = 0
+    for settings in combinations:
+        child = os.fork()
+        if child == 0:
+            try:
+                for setting in settings:
+                    exec(setting.statement)
+                check(settings)
+            except BaseException:
+                print("; ".join(setting.statement for setting in settings), file=sys.stderr)
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        failures += os.waitpid(child, 0)[1] != 0
+    print(f"{len(combinations)} combinations, {failures} failures")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    pairs = list(itertools.permutations(SETTINGS, 2))
+    if sys.argv[1] == "reads":
+        # What the first fake tensor imports takes seconds, which no child should repeat.
+        fake_call("cpu")
+        main(reads, [(), *itertools.permutations(SETTINGS, 1), *pairs])
+    older, newer = SETTINGS[:5], SETTINGS[5:]
+    mixed = [(older[0], newer[1]), (older[1], newer[0]), (newer[5], older[1])]
+    main(computes, [(), *itertools.permutations(SETTINGS, 1), *mixed])
