@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_fused_head.options import Needs, Operands, RowStats
 from hf_fused_head.products import Gradients, Products
+from hf_fused_head.run_record import note_schedule
 from hf_fused_head.schedule import Schedule, plan
 from hf_fused_head.tiles import (
     Scratch,
@@ -97,7 +98,7 @@ def _plan(
 ) -> Schedule:
     sizes = [weight.shape[1] for weight in operands.weights]
     wanted = [False] * len(sizes) if needs is None else needs.weights
-    return plan(
+    schedule = plan(
         num_tokens=labels.shape[0],
         hidden_size=sum(sizes),
         vocab_size=operands.shard.largest(operands.num_rows),
@@ -111,6 +112,8 @@ def _plan(
         grad_columns=sum(size for size, want in zip(sizes, wanted, strict=True) if want),
         scratch_blocks=(operands.softcap is not None) + entropy,
     )
+    note_schedule(schedule)
+    return schedule
 
 
 def _statistics(

@@ -49,6 +49,7 @@ from hf_fused_head.kernels.tuning import (
     tile_config,
 )
 from hf_fused_head.options import Needs, Operands, RowStats
+from hf_fused_head.run_record import note_schedule
 from hf_fused_head.schedule import Schedule, plan
 from hf_fused_head.workspace import TRITON_SUMS_BYTES
 
@@ -118,6 +119,9 @@ def forward(
     In an attempt some rows may not count, and are zero then; None if it was abandoned.
     """
     call = _call(operands, labels, attempt)
+    # This pass has no tile to choose: the plan is for the record alone.
+    frozen = [False] * len(operands.inputs)
+    _plan(call, Needs(frozen, frozen, False), budget_bytes, per_token=False, smoothing=False)
     outputs = call.outputs(want_smooth, want_entropy, want_correct, factor=False, correction=True)
     with _on_device(labels.device):
         try:
@@ -281,7 +285,7 @@ def _plan(
     call: Call, needs: Needs, budget_bytes: int, per_token: bool, smoothing: bool
 ) -> Schedule:
     sizes = [hidden.shape[1] for hidden, _ in call.head.pairs()]
-    return plan(
+    schedule = plan(
         num_tokens=_rounded(call.num_tokens),
         hidden_size=sum(sizes),
         vocab_size=call.shard.largest(call.vocab_size),
@@ -296,6 +300,8 @@ def _plan(
         smoothing=smoothing,
         grad_columns=sum(size for size, need in zip(sizes, needs.weights, strict=True) if need),
     )
+    note_schedule(schedule)
+    return schedule
 
 
 def _named(call: Call, grads: list[Tensor], needs: Needs) -> Totals:

@@ -24,6 +24,7 @@ from hf_fused_head.distributed.vocab_parallel import (
     report_failure,
 )
 from hf_fused_head.options import (
+    Choice,
     Needs,
     Operands,
     RowStats,
@@ -31,6 +32,7 @@ from hf_fused_head.options import (
     resolve_impl,
     triton_obstacle,
 )
+from hf_fused_head.run_record import note_engine, note_schedule
 
 _ENGINES = {
     "reference": "hf_fused_head.reference",
@@ -74,20 +76,22 @@ class _Head(NamedTuple):
     def num_tokens(self) -> int:
         return self.labels.numel()
 
-    def choice(self) -> str:
-        """The name of the engine that was asked for."""
-        return resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype).impl
+    def choice(self) -> Choice:
+        """The engine that was asked for."""
+        return resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype)
 
     def engine(self) -> ModuleType:
         """The module of the engine that was asked for."""
-        return importlib.import_module(_ENGINES[self.choice()])
+        choice = self.choice()
+        note_engine(choice)
+        return importlib.import_module(_ENGINES[choice.impl])
 
     def shard(self, *terms: Any) -> VocabShard:
         """This rank's part of the vocabulary; ranks that mean different losses all raise."""
         if not self.group:
             return WHOLE
         try:
-            impl = self.choice()
+            impl = self.choice().impl
         except (ValueError, NotImplementedError):
             report_failure(self.group, self.labels.device)
             raise
@@ -217,6 +221,7 @@ def _ask(head: _Head, shard: VocabShard, question: Callable[..., Any]) -> tuple[
     else:
         rows = head.kept_rows(shard)
     if _no_row(rows, head):
+        note_schedule(None)
         return rows, None
     labels = shard.columns_of(_take(rows, flat), rows_here)
     return rows, question(engine, head.operands(rows, shard), labels, rows)

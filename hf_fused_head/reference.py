@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.options import Needs, Operands, RowStats, accumulation_dtype
+from hf_fused_head.run_record import note_schedule
+from hf_fused_head.schedule import plan
 
 
 def forward(
@@ -22,6 +24,7 @@ def forward(
     want_correct: bool,
 ) -> RowStats:
     """Statistics of every row; the protocol is the one of `hf_fused_head.ops`."""
+    _note_schedule(operands, labels, None, budget_bytes)
     logits, _ = _logits(operands)  # [N, V], of all ranks
     labels = operands.shard.classes_of(labels, operands.num_rows)
     target_logit = logits.gather(1, labels[:, None])[:, 0]
@@ -65,6 +68,7 @@ def forward_backward(
     stats = forward(
         operands, labels, budget_bytes, smooth_weight is not None, want_entropy, want_correct
     )
+    _note_schedule(operands, labels, needs, budget_bytes)
     g_lse = torch.zeros_like(stats.lse) if z_weight is None else 2 * z_weight * stats.lse
     dlogits = _dlogits(operands, labels, stats, nll_weight, g_lse, smooth_weight, None)
     return stats, _products(operands, dlogits, needs, keep_half=True)
@@ -84,6 +88,27 @@ def backward(
     """The gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
     dlogits = _dlogits(operands, labels, stats, g_nll, g_lse, g_smooth, g_entropy)
     return _products(operands, dlogits, needs, keep_half=False)
+
+
+def _note_schedule(
+    operands: Operands, labels: Tensor, needs: Needs | None, budget_bytes: int
+) -> None:
+    """Records the bytes of the whole matrices; there is no schedule to choose."""
+    sizes = [weight.shape[1] for weight in operands.weights]
+    wanted = [False] * len(sizes) if needs is None else needs.weights
+    schedule = plan(
+        num_tokens=labels.shape[0],
+        hidden_size=sum(sizes),
+        vocab_size=operands.vocab_size,
+        dtype=operands.weights[0].dtype,
+        impl="reference",
+        device_type=labels.device.type,
+        grad_hidden=needs is not None and any(needs.inputs),
+        grad_weight=needs is not None and (any(needs.weights) or needs.bias),
+        memory_budget_mib=budget_bytes / 2**20,
+        grad_columns=sum(size for size, want in zip(sizes, wanted, strict=True) if want),
+    )
+    note_schedule(schedule)
 
 
 def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:

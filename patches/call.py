@@ -118,7 +118,7 @@ class Call:
         target = self._target(hidden)
         verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
         result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
-        self._note(hidden, target, result)
+        self._note(result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
         self.loss = neighbours.gathered_for_backward(self.head, result.stats.loss)
@@ -169,7 +169,7 @@ class Call:
         """What the head is made of; adapters may be put on later."""
         return tuple(type(module) for module in self.head.modules())
 
-    def _note(self, hidden: Tensor, target: Tensor, result: HeadLoss) -> None:
+    def _note(self, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
         if state.options.stats:
@@ -178,18 +178,11 @@ class Call:
             # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.
             state.stats = (loss, *result.stats[1:])
         if torch.compiler.is_compiling():
+            state.last = None
             return
         state.rowwise.add(self._head_type())
         state.last = LastForward(
-            target.numel(),
-            hidden.shape[-1],
-            result.vocab_size,
-            hidden.dtype,
-            hidden.device,
-            result.kind,
-            result.ranks,
-            torch.is_grad_enabled() and hidden.requires_grad,
-            torch.is_grad_enabled() and any(p.requires_grad for p in self.head.parameters()),
+            result.kind, result.ranks, state.options.impl, result.engine, result.ran
         )
 
     def hand_back(

@@ -45,8 +45,8 @@ def chunked_cross_entropy(
     target: Tensor,
     settings: LossSettings,
     in_step: bool = False,
-) -> tuple[LossStats, int, torch.dtype]:
-    """Loss, vocabulary size and dtype of the logits.
+) -> tuple[LossStats, int, torch.dtype, str]:
+    """Loss, vocabulary size and dtype of the logits, and how the chunks ran, for people.
 
     Args:
         head_forward: `[N, hidden] -> [N, vocab]`, each row for itself.
@@ -81,7 +81,8 @@ def chunked_cross_entropy(
         correct=scattered(3) if "accuracy" in settings.stats else None,
         num_valid=num_valid,
     )
-    return stats, chunks[0].vocab_size, chunks[0].dtype
+    ran = "" if torch.compiler.is_compiling() else _describe(chunks)
+    return stats, chunks[0].vocab_size, chunks[0].dtype, ran
 
 
 def _run_chunks(
@@ -191,14 +192,12 @@ def chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
     return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
 
 
-def describe(num_tokens: int, vocab_size: int, memory_budget_mib: float | None) -> str:
-    """How so many tokens are run, for people."""
-    tokens = min(num_tokens, chunk_tokens(vocab_size, memory_budget_mib))
-    mib = tokens * vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
-    return (
-        f"chunks of {tokens} tokens, their logits made again in the backward, workspace "
-        f"{mib:,.1f} MiB"
-    )
+def _describe(chunks: list[_Chunk]) -> str:
+    """How these ran, for people."""
+    tokens = max(1, *(chunk.rows[0].numel() for chunk in chunks))
+    mib = tokens * chunks[0].vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
+    again = ", their logits made again in the backward" if torch.is_grad_enabled() else ""
+    return f"chunks of {tokens} tokens{again}, workspace {mib:,.1f} MiB"
 
 
 def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> None:

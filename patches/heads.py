@@ -10,6 +10,7 @@ A kind is decided by a layer's class, once; what its adapters are switched to is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_head.functional import LossStats, operand_cross_entropy
+from hf_fused_head.options import Choice
+from hf_fused_head.run_record import recording
 
 from . import neighbours
 from .chunked import check_rows, chunked_cross_entropy
@@ -31,6 +34,9 @@ CONV1D = "conv1d"
 LORA = "lora"
 MODULE = "module"
 
+_NO_LABELS = "nothing to compute, no token has a label"
+_NO_VALUES = "nothing computed, the tensors have no values"
+
 
 class HeadLoss(NamedTuple):
     """The loss of a head and the metadata of the logits that were not made."""
@@ -39,6 +45,8 @@ class HeadLoss(NamedTuple):
     vocab_size: int
     dtype: torch.dtype
     kind: str
+    ran: str = ""  # the schedule, for people; "" where it is compiled
+    engine: Choice | None = None  # None where the head's own forward ran
     ranks: int = 1  # that share the head's rows
 
 
@@ -120,29 +128,32 @@ def head_loss(
         if verify_rows and not torch.compiler.is_compiling():
             check_rows(head, forward, hidden)
         in_step = neighbours.gathers_by_parts(head)
-        stats, vocab_size, dtype = chunked_cross_entropy(forward, hidden, target, settings, in_step)
-        return HeadLoss(stats, vocab_size, dtype, MODULE)
+        found = chunked_cross_entropy(forward, hidden, target, settings, in_step)
+        stats, vocab_size, dtype, ran = found
+        return HeadLoss(stats, vocab_size, dtype, MODULE, ran)
     weight = operands.pairs[0][1]
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
     pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
-    stats = operand_cross_entropy(
-        pairs,
-        target,
-        settings.options,
-        linear_bias=operands.bias,
-        num_items=settings.num_items,
-        impl=settings.impl,
-        memory_budget_mib=settings.memory_budget_mib,
-        process_group=operands.group,
-        complete_hidden=operands.complete_hidden,
-        stats=settings.stats,
-    )
-    if torch.compiler.is_compiling():
-        dtype = weight.dtype
-    else:
-        dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
+    compiled = torch.compiler.is_compiling()
+    with contextlib.nullcontext() if compiled else recording() as record:
+        stats = operand_cross_entropy(
+            pairs,
+            target,
+            settings.options,
+            linear_bias=operands.bias,
+            num_items=settings.num_items,
+            impl=settings.impl,
+            memory_budget_mib=settings.memory_budget_mib,
+            process_group=operands.group,
+            complete_hidden=operands.complete_hidden,
+            stats=settings.stats,
+        )
     ranks = 1 if operands.group is None else operands.group.size()
-    return HeadLoss(stats, operands.vocab_size, dtype, kind, ranks)
+    if record is None:
+        return HeadLoss(stats, operands.vocab_size, weight.dtype, kind, ranks=ranks)
+    dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
+    ran = str(record.schedule or (_NO_VALUES if record.choice is None else _NO_LABELS))
+    return HeadLoss(stats, operands.vocab_size, dtype, kind, ran, record.choice, ranks)
 
 
 def _uncut(hidden: Any, head: nn.Module) -> Tensor:

@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from hf_fused_head.options import resolve_impl
-from hf_fused_head.schedule import plan
 
 from . import neighbours
 from .adapter import refusal_of, state_of, static_obstacle
-from .chunked import describe
 from .errors import UnsupportedModelError
 from .heads import MODULE, innermost_head, kind_of
 from .registry import facts_of, family_of
@@ -39,7 +37,8 @@ class PatchReport:
         sharding: "none", or the placements of the head's weight, and after a forward that shared
             its rows the number of ranks.
         kernel: The engine that computes the loss, and why.
-        schedule: How the last fused forward ran; "" before it.
+        schedule: The one that the last fused forward ran; "" before it. A compiled forward chooses
+            it inside, where it is not recorded.
     """
 
     fused: bool
@@ -148,7 +147,7 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
         wrapper=_wrapper(outer, head),
         sharding=_sharding(weight, state.last),
         kernel=_kernel(state, weight, head),
-        schedule=_schedule(state, state.last),
+        schedule=_schedule(state),
     )
 
 
@@ -184,37 +183,19 @@ def _sharding(weight: Any, last: LastForward | None) -> str:
 
 
 def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
-    kind = kind_of(_stock_class(head)) if state.last is None else state.last.kind
-    if kind == MODULE:
+    last = state.last
+    kind = kind_of(_stock_class(head)) if last is None else last.kind
+    if kind == MODULE or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
-    if state.last is None:
-        device, dtype = weight.device, weight.dtype
-    else:
-        device, dtype = state.last.device, state.last.dtype
+    choice = None if last is None or last.impl != state.options.impl else last.engine
     try:
-        choice = resolve_impl(state.options.impl, device, dtype)
+        choice = choice or resolve_impl(state.options.impl, weight.device, weight.dtype)
     except NotImplementedError as error:
         return f"none here, {error}"
     return f"{choice.impl}: {choice.reason}"
 
 
-def _schedule(state: PatchState, last: LastForward | None) -> str:
-    if last is None:
-        return "chosen for each shape inside the compiled forward" if state.ran else ""
-    if last.kind == MODULE:
-        return describe(last.num_tokens, last.vocab_size, state.options.memory_budget_mib)
-    chosen = plan(
-        num_tokens=last.num_tokens,
-        hidden_size=last.hidden_size,
-        # Of the rank that has most rows: all ranks plan with it.
-        vocab_size=-(-last.vocab_size // last.ranks),
-        dtype=last.dtype,
-        impl=resolve_impl(state.options.impl, last.device, last.dtype).impl,
-        device_type=last.device.type,
-        grad_hidden=last.grad_hidden,
-        grad_weight=last.grad_weight,
-        memory_budget_mib=state.options.memory_budget_mib,
-    )
-    return str(chosen)
+def _schedule(state: PatchState) -> str:
+    if state.last is not None:
+        return state.last.ran
+    return "chosen for each shape inside the compiled forward" if state.ran else ""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.options import Choice
+
 from .settings import PatchOptions
 
 if TYPE_CHECKING:
@@ -25,15 +27,11 @@ _COMPILED = 0
 class LastForward(NamedTuple):
     """What the report tells of the last fused forward."""
 
-    num_tokens: int
-    hidden_size: int
-    vocab_size: int
-    dtype: torch.dtype
-    device: torch.device
     kind: str
     ranks: int  # that share the head's rows
-    grad_hidden: bool
-    grad_weight: bool
+    impl: str  # as it was asked for
+    engine: Choice | None  # None where the head's own forward ran
+    ran: str  # the schedule, for people
 
 
 class PatchState:

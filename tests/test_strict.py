@@ -290,7 +290,7 @@ def test_what_is_changed_after_compilation_is_an_error(
 
 
 def test_the_report_after_a_step_tells_schedule_and_bytes() -> None:
-    for head, words in ((plain, "workspace"), (nn.Sequential, "chunks of 22 tokens")):
+    for head, words in ((plain, "workspace"), (nn.Sequential, "chunks of 16 tokens")):
         model = build("llama", tie_word_embeddings=False)
         model.lm_head = head(model.lm_head)
         apply_patch(model)
