@@ -61,7 +61,9 @@ class FinishedLoss(Function):
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.needed = [parameter.requires_grad for parameter in parameters]
         ctx.save_for_backward(*grads)
-        return loss.clone()
+        # Not `clone`: inductor (read at torch 2.13) makes one output of two copies of a value, and
+        # that output has no gradient if one of them is detached, as a logged loss is.
+        return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

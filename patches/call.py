@@ -288,9 +288,8 @@ class Call:
             loss = _WithValue.apply(loss, made.detach())
         num_items = self.arguments.num_items_in_batch
         if isinstance(num_items, Tensor) and num_items.dim():
-            return loss.clone().reshape(num_items.shape)
-        # Mixture-of-experts models add their auxiliary loss in place.
-        return loss.clone()
+            return loss.reshape(num_items.shape)
+        return loss
 
     def logits(self, trace: HeadTrace) -> Tensor:
         """Real logits in the place of the stand-in; they can be read after the loss only."""
@@ -329,7 +328,8 @@ class _WithValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:
         ctx.dtype = path.dtype
-        return value.clone()
+        # Not `clone`, for the reason given in `FinishedLoss`.
+        return value.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -185,7 +185,8 @@ def gathered_for_backward(head: Any, loss: Tensor) -> Tensor:
             "on the head: call deepspeed.initialize before the first forward, or leave this model "
             "stock (remove_patch)"
         )
-    return head.pre_bwd_fn.apply(loss)
+    # Stock forwards add to the loss in place, which a view from a custom function does not allow.
+    return head.pre_bwd_fn.apply(loss).clone()
 
 
 def gathers_by_parts(head: nn.Module) -> bool:

@@ -505,7 +505,7 @@ def with_adapter(model: nn.Module) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
+    return torch.compile(model)
 
 
 NEIGHBOURS = [prepared, hooked, with_adapter, compiled]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,16 +234,9 @@ def test_a_pass_beside_the_head_is_seen(step: Callable[..., None], reason: str) 
         raise KeyError("stop")
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_compiled_passes_are_seen(fresh_compiler: None) -> None:
-    fused = apply_patch(build("llama", num_hidden_layers=1))
-    model = torch.compile(fused, fullgraph=True, backend="eager")
+def test_compiled_passes_are_seen(fresh_compiler: None, device: str) -> None:
+    fused = apply_patch(build("llama", num_hidden_layers=1).to(device))
+    model = torch.compile(fused, fullgraph=True)
     inputs = batch(fused)
     for _ in range(2):
         with require_fused(model):
@@ -275,13 +268,13 @@ def in_place_of_the_head(model: Any) -> None:
     "change", [on_the_instance, on_the_class, on_the_head, in_place_of_the_head]
 )
 def test_what_is_changed_after_compilation_is_an_error(
-    change: Callable[[Any], None], fresh_compiler: None
+    change: Callable[[Any], None], fresh_compiler: None, backend: str
 ) -> None:
     class LlamaForCausalLM(Llama):
         pass
 
     fused = apply_patch(LlamaForCausalLM(build("llama", num_hidden_layers=1).config))
-    model = torch.compile(fused, fullgraph=True, backend="eager")
+    model = torch.compile(fused, fullgraph=True, backend=backend)
     model(**batch(fused))
     change(fused)
     # The compiler reports the error as its own, with ours inside.

@@ -131,6 +131,7 @@ def batch(model: nn.Module, rows: int = 2, length: int = 11, seed: int = 0) -> d
     """Token ids and labels, [rows, length]; a part of the labels is -100, another in every row."""
     vocab_size = model.config.get_text_config().vocab_size
     input_ids = torch.randint(3, vocab_size, (rows, length), generator=generator(seed))
+    input_ids = input_ids.to(model.device)
     labels = input_ids.clone()
     for row in range(rows):
         labels[row, : row + 1] = -100
