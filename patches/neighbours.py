@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
-from .swap import STATE, is_bound_forward, swapped_class
+from .swap import STATE, is_bound_forward, is_fused_forward, swapped_class
 from .tensor_parallel import gathers_logits
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
 # A package counts with those whose names go on from its own: unsloth_compiled_module_llama.
 _RIVALS = {
-    "liger_kernel": "load the model without use_liger_kernel and apply_liger_kernel_to_*",
-    "cut_cross_entropy": "leave out cce_patch",
-    "unsloth": "load the model with transformers instead of FastLanguageModel",
-    "trl": "leave out the trainer's own chunked or Liger loss",
-    "axolotl": "leave out the cut_cross_entropy plugin",
+    "liger_kernel": "load the model without use_liger_kernel and apply_liger_kernel_to_*, then "
+    "apply_patch",
+    "cut_cross_entropy": "leave out cce_patch, then apply_patch",
+    "unsloth": "load the model with transformers instead of FastLanguageModel, then apply_patch",
+    "trl": "train with FusedHeadTrainer, or leave this model stock (remove_patch), with TRL's own "
+    "fused head",
+    "axolotl": "leave out the cut_cross_entropy plugin, then apply_patch",
 }
 # Their wrappers call the forward that they wrapped with the arguments that they were given.
 _TRANSPARENT = ("accelerate", "torch")
@@ -86,7 +88,7 @@ def rival_of(model: nn.Module) -> str | None:
         if remedy is not None:
             return (
                 f"its forward was replaced by {_module_of(function)}, which computes a loss of its "
-                f"own: {remedy}, then apply_patch"
+                f"own: {remedy}"
             )
     return None
 
@@ -115,10 +117,9 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]
     for function in _chain(forward):
-        if getattr(function, "_fused_forward", False) or (composable and function in own):
+        if is_fused_forward(function) or (composable and function in own):
             return None
-        package = _module_of(function).split(".")[0]
-        if package not in _TRANSPARENT or not composable:
+        if not composable or not _is_transparent(function):
             remedy = "apply_patch before that" if composable else "take it off"
             return (
                 f"somebody has put a forward on {name}, {_name_of(function)}: {remedy}, or leave "
@@ -134,6 +135,10 @@ def runs_ours(model: nn.Module) -> bool:
     return any(_is_ours(function) for function in _chain(model.forward))
 
 
+def _is_transparent(function: Any) -> bool:
+    return _module_of(function).split(".")[0] in _TRANSPARENT
+
+
 def has_device_hook(module: nn.Module) -> bool:
     """Whether accelerate's device hooks call the forward through `_old_forward`."""
     attributes = module.__dict__
@@ -146,12 +151,22 @@ def has_device_hook(module: nn.Module) -> bool:
 def compose(model: nn.Module, run: Callable[..., Any]) -> None:
     """Puts ours around a forward on the instance that does not lead to ours already."""
     forward = model.__dict__.get("forward")
-    if forward is None or has_device_hook(model) or isinstance(forward, ComposedForward):
+    if forward is None or has_device_hook(model) or _leads_to_ours(forward):
         return
-    chain = _chain(forward)
-    # A rival leads to ours on some passes only.
-    if not any(_is_ours(f) for f in chain) or any(_rival_remedy(f) for f in chain):
-        model.__dict__["forward"] = ComposedForward(model, forward, run)
+    model.__dict__["forward"] = ComposedForward(model, forward, run)
+
+
+def _leads_to_ours(forward: Any) -> bool:
+    """Whether every call of `forward` reaches ours, through wrappers that are known to pass it on.
+
+    Of others `__wrapped__` tells only what they were named after: TRL's calls it on some passes.
+    """
+    for function in _chain(forward):
+        if _is_ours(function):
+            return True
+        if not _is_transparent(function):
+            return False
+    return False
 
 
 def decompose(model: nn.Module) -> None:
@@ -205,7 +220,7 @@ def is_sharded(weight: Tensor) -> bool:
 
 
 def _is_ours(function: Any) -> bool:
-    return isinstance(function, ComposedForward) or getattr(function, "_fused_forward", False)
+    return isinstance(function, ComposedForward) or is_fused_forward(function)
 
 
 def _chain(forward: Any) -> list[Any]:

@@ -39,8 +39,17 @@ def method_like(stock: Callable[..., Any], method: Callable[..., Any]) -> Callab
     functools.update_wrapper(method, stock)
     del method.__wrapped__
     method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
-    method._fused_forward = True  # type: ignore[attr-defined]
+    method._fused_forward = method  # type: ignore[attr-defined]
     return method
+
+
+def is_fused_forward(function: Any) -> bool:
+    """Whether `function`, bound or not, is a forward of ours and no wrapper of one.
+
+    `functools.wraps` copies the mark to a wrapper, where it still names the wrapped function.
+    """
+    function = getattr(function, "__func__", function)
+    return getattr(function, "_fused_forward", None) is function
 
 
 def swapped_class(cls: type) -> type | None:
@@ -88,7 +97,7 @@ def is_bound_forward(module: nn.Module, method: Any) -> bool:
     if function is None or getattr(method, "__self__", None) is not module:
         return False
     forwards = [c.__dict__["forward"] for c in type(module).__mro__ if "forward" in c.__dict__]
-    return function in forwards or getattr(function, "_fused_forward", False)
+    return function in forwards or is_fused_forward(function)
 
 
 def _refresh_bound_forwards(module: nn.Module) -> None:

@@ -252,10 +252,10 @@ def test_trl_itself() -> None:
         before, after = build("llama"), apply_patch(build("llama"))
         for model in (before, after):
             add_fused_lm_head(model)
-        with pytest.raises(UnsupportedModelError, match="trl.*chunked or Liger loss"):
+        with pytest.raises(UnsupportedModelError, match="trl.*FusedHeadTrainer.*own fused head"):
             apply_patch(before)
         assert not patch_report(after).fused
-        with pytest.raises(UnsupportedModelError, match="trl.*chunked or Liger loss"):
+        with pytest.raises(UnsupportedModelError, match="trl.*FusedHeadTrainer.*own fused head"):
             after(**batch(after), fused_lm_head=True)
         """
     )

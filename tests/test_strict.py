@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,40 @@ def test_wrappers_that_do_not_tell_what_they_wrap_stay_fused() -> None:
     assert isinstance(model(**inputs).logits, DeferredLogits)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapper_that_only_looks_like_ours_is_held_to_the_head(strict: bool) -> None:
+    """`functools.wraps` copies attributes of the forward and calls nothing."""
+    model, stock = apply_patch(build("llama"), strict=strict), build("llama")
+    other = functools.wraps(type(model).forward)(copied(own_loss))
+    put(model, other)
+    put(stock, own_loss)
+    inputs = batch(stock)
+    if strict:
+        with pytest.raises(UnsupportedModelError, match="got a loss from elsewhere"):
+            model(**inputs)
+    else:
+        with pytest.warns(UserWarning, match="stays stock.*got a loss from elsewhere"):
+            assert torch.equal(model(**inputs).loss, stock(**inputs).loss)
+    assert model.__dict__["forward"].__func__ is other and type(model) is Llama
+    assert torch.equal(model(**inputs).loss, stock(**inputs).loss)
+
+
+def test_a_wrapper_that_looks_like_ours_and_calls_it_stays_fused() -> None:
+    model, stock = apply_patch(build("llama")), build("llama")
+    inner = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    put(model, forward)
+    assert_trains_like(model, stock, batch(stock))
+    assert isinstance(model(**batch(stock)).logits, DeferredLogits)
+    remove_patch(model)
+    assert model.__dict__["forward"].__func__ is forward and type(model) is Llama
+    assert torch.equal(model(**batch(stock)).loss, stock(**batch(stock)).loss)
+
+
 def test_a_wrapper_may_change_the_labels() -> None:
     model, stock = apply_patch(build("llama")), build("llama")
 
@@ -136,15 +171,15 @@ def test_a_stock_forward_kept_from_before_the_patch_and_put_back() -> None:
     assert isinstance(inner(**batch(inner)).logits, DeferredLogits)
 
 
-def rival(function: Callable[..., Any], module: str) -> Callable[..., Any]:
+def copied(function: Callable[..., Any], module: str = __name__) -> Callable[..., Any]:
     """The function as if another library had defined it."""
     code, names = function.__code__, dict(function.__globals__)
-    return types.FunctionType(code, names | {"__name__": module})
+    return types.FunctionType(code, names | {"__name__": module}, argdefs=function.__defaults__)
 
 
 RIVALS = {
     "liger_kernel.transformers.model.llama": "load the model without use_liger_kernel",
-    "trl.trainer.utils": "leave out the trainer's own chunked or Liger loss",
+    "trl.trainer.utils": "train with FusedHeadTrainer",
     "unsloth.models.llama": "load the model with transformers",
     "unsloth_compiled_module_llama": "load the model with transformers",
     "cut_cross_entropy.transformers.llama": "leave out cce_patch",
@@ -158,7 +193,7 @@ def test_rivals_are_named_before_and_after_the_patch(module: str, place: str) ->
         pass
 
     model = MyLlama(build("llama").config)
-    forward, inputs = rival(own_loss, module), batch(model)
+    forward, inputs = copied(own_loss, module), batch(model)
     apply_patch(model)(**inputs)
     if place == "class":
         MyLlama.forward = forward
