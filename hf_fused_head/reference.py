@@ -112,7 +112,7 @@ def _note_schedule(
 
 
 def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """The logits of all ranks, [N, V], and `tanh` inside the softcap for its derivative."""
+    """The logits of all ranks, [N, V], and the softcap's derivative there."""
     dtype = accumulation_dtype(operands.inputs[0].dtype)
     pairs = zip(operands.inputs, operands.weights, strict=True)
     products = [hidden.to(dtype) @ weight.to(dtype).T for hidden, weight in pairs]
@@ -123,8 +123,9 @@ def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
     logits = logits * operands.logit_scale
     if operands.softcap is None:
         return logits, None
-    squashed = torch.tanh(logits / operands.softcap)
-    return squashed * operands.softcap, squashed
+    inner = logits / operands.softcap
+    # 1 / cosh^2 rather than 1 - tanh^2, which has no digit left where tanh rounds to 1.
+    return inner.tanh() * operands.softcap, inner.cosh().square().reciprocal()
 
 
 def _dlogits(
@@ -138,7 +139,7 @@ def _dlogits(
 ) -> Tensor:
     """The gradient of the row objective with respect to `X W^T + bias`, [N, rows here]."""
     labels = operands.shard.classes_of(labels, operands.num_rows)
-    logits, squashed = _logits(operands)
+    logits, slope = _logits(operands)
     log_probs = logits.log_softmax(dim=1)
     probs = logits.softmax(dim=1)
     class_weight = operands.class_weight
@@ -158,8 +159,8 @@ def _dlogits(
     if g_entropy is not None:
         shifted = torch.where(probs > 0, log_probs, 0.0) + stats.entropy[:, None]
         dlogits = dlogits - g_entropy[:, None] * probs * shifted
-    if squashed is not None:
-        dlogits = dlogits * (1 - squashed * squashed)
+    if slope is not None:
+        dlogits = dlogits * slope
     first = operands.shard.first
     return (dlogits * operands.logit_scale)[:, first : first + operands.num_rows]
 

@@ -74,8 +74,8 @@ class Tally:
         """Adds columns `first`, `first + 1`, ... of some rows.
 
         Args:
-            block: [n, columns], the logits, or with softcap the argument of its tanh; overwritten:
-                with softcap by the tanh, else by the result.
+            block: [n, columns], the logits, overwritten by the result; or with softcap the argument
+                of its tanh, which stays.
             first: Vocabulary index of the first column.
             scratch: Memory beside the block.
             rows: Which n of the rows these are.
@@ -86,8 +86,7 @@ class Tally:
         """
         logits = block
         if self.softcap is not None:
-            torch.tanh(block, out=block)
-            logits = torch.mul(block, self.softcap, out=scratch.block(0, *block.shape))
+            logits = softcapped(block, self.softcap, scratch)
         column, inside = locate(self.labels[rows], first, block.shape[1])
         here = logits.gather(1, column[:, None])[:, 0]
         self._raise_top(logits, first, rows, want_best)
@@ -241,12 +240,14 @@ def class_total(class_weight: Tensor | None, vocab_size: int) -> Tensor | int:
 
 
 def exponentials(block: Tensor, lse: Tensor, softcap: float | None, scratch: Scratch) -> Tensor:
-    """`exp(z - lse)`: in place, or with softcap in scratch block 0 and the tanh in `block`."""
-    if softcap is None:
-        return block.sub_(lse[:, None]).exp_()
-    torch.tanh(block, out=block)
-    logits = torch.mul(block, softcap, out=scratch.block(0, *block.shape))
+    """`exp(z - lse)`: in place, or with softcap in scratch block 0, where `block` stays."""
+    logits = block if softcap is None else softcapped(block, softcap, scratch)
     return logits.sub_(lse[:, None]).exp_()
+
+
+def softcapped(block: Tensor, softcap: float, scratch: Scratch) -> Tensor:
+    """The logits, in scratch block 0, of the arguments of a softcap's tanh."""
+    return torch.tanh(block, out=scratch.block(0, *block.shape)).mul_(softcap)
 
 
 def finish_gradient(
@@ -261,7 +262,8 @@ def finish_gradient(
     """Turns `block` into the gradient of the logits.
 
     Args:
-        block: [n, columns], the memory of `exps`, or with softcap the tanh; overwritten.
+        block: [n, columns], the memory of `exps`, or with softcap the argument of its tanh;
+            overwritten.
         exps: [n, columns], p up to a factor that is in `gradient`; overwritten.
         gradient: Of these rows.
         operands: The head.
@@ -284,8 +286,9 @@ def finish_gradient(
     column, inside = locate(labels, first, columns)
     write_target(exps, column, inside, gradient.target)
     if operands.softcap is not None:
-        block.mul_(block)
-        torch.addcmul(exps, exps, block, value=-1, out=block)
+        # The tanh's derivative as 1 / cosh^2: 1 - tanh^2 has no digit left where tanh rounds to 1.
+        block.cosh_()
+        torch.div(exps.div_(block), block, out=block)
 
 
 def locate(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:

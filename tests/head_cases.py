@@ -171,5 +171,5 @@ def fixed_schedule(
     """A stand-in for `plan`: this schedule, but windows where an engine asks for those."""
     sizes = (chunk_tokens, vocab_window, 0, 0, 0, kept_share)
     schedule = Schedule(name, *sizes, True, "fixed", late_rounding)
-    windows = Schedule("recompute", 2**30, vocab_window, 0, 0, 0, 0.0, True, "fixed")
+    windows = Schedule("recompute", chunk_tokens, vocab_window, 0, 0, 0, 0.0, True, "fixed")
     return lambda **sizes: windows if sizes["per_token"] else schedule

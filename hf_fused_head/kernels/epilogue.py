@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_fused_head.kernels.product import LOG2E, logits_of, softcap_slope
+from hf_fused_head.kernels.product import LOG2E, logits_of
 
 # exp of this is zero in float32: what lies lower counts as this where a logarithm has to be finite.
 LOWEST = tl.constexpr(-200.0)
@@ -120,7 +120,7 @@ def epilogue(
     mask_t = offs_t < num_tokens
     labels = (labels - vocab_start).to(tl.int32)
     end_v = first_v + offs_v.shape[0]
-    logits = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
+    logits, slope = logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap)
     shifted = logits - shift[:, None]
     total, entropy_sum, smooth_sum, best = shift, shift, shift, shift
     if alpha_ptr is None:
@@ -145,7 +145,7 @@ def epilogue(
         if entropy_sum_ptr is not None:
             entropy_sum = _entropy_sum(shifted, tile, best)
         if softcap is not None:
-            tile *= softcap_slope(logits, softcap)
+            tile *= slope
     else:
         exponents = _exponential(shifted, EXACT)
         alpha = tl.load(alpha_ptr + offs_t, mask=mask_t, other=0.0)
@@ -168,7 +168,7 @@ def epilogue(
             else:
                 tile -= gamma[:, None]
         if softcap is not None:
-            tile *= softcap_slope(logits, softcap)
+            tile *= slope
         if logit_scale is not None:
             tile *= logit_scale
     return tile, (total, entropy_sum, smooth_sum, best)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowWeights
-from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of, softcap_slope
+from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of
 from hf_fused_head.kernels.statistics import finish_rows
 from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
 
@@ -83,6 +83,7 @@ def _overflow_kernel(
     bias_ptr,
     labels_ptr,
     anchor_ptr,
+    label_slope_ptr,
     overflowed_ptr,
     class_total_ptr,
     nll_weight_ptr,
@@ -128,7 +129,7 @@ def _overflow_kernel(
     entropy_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
-        logits = _overflow_tile(
+        logits, _ = _overflow_tile(
             hidden_ptr,
             weight_ptr,
             low_ptr,
@@ -170,7 +171,7 @@ def _overflow_kernel(
     if store_ptr is not None:
         for start in range(0, stored_vocab, BLOCK):
             offs_v = start + tl.arange(0, BLOCK)
-            logits = _overflow_tile(
+            logits, slope = _overflow_tile(
                 hidden_ptr,
                 weight_ptr,
                 low_ptr,
@@ -196,7 +197,7 @@ def _overflow_kernel(
             )
             tile = tl.exp2((logits - peak[:, None]) * LOG2E)
             if softcap is not None:
-                tile *= softcap_slope(logits, softcap)
+                tile *= slope
             place = store_ptr + offs_t.to(tl.int64)[:, None] * stride_store_t + offs_v[None, :]
             # The label's entry is another thread's store, below: this sweep leaves it out.
             other = (offs_v[None, :] != labels[:, None]) & (offs_v < stored_vocab)[None, :]
@@ -208,10 +209,10 @@ def _overflow_kernel(
         entropy_sum,
         peak,
         label_logit,
+        label_slope_ptr,
         class_total_ptr,
         vocab_size,
         logit_scale,
-        softcap,
         nll_weight_ptr,
         smooth_weight_ptr,
         z_weight_ptr,
@@ -231,6 +232,7 @@ def launch_overflow(
     head: Head,
     labels: Tensor,
     anchor: Tensor,
+    slope: Tensor | None,
     class_total: Tensor | None,
     weights: RowWeights | None,
     outputs: RowOutputs,
@@ -256,6 +258,7 @@ def launch_overflow(
         head.bias,
         labels,
         anchor,
+        slope,
         outputs.overflowed,
         class_total,
         nll_weight,

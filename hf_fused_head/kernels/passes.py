@@ -78,7 +78,10 @@ def _row_statistics(
         torch.zeros_like(anchor) if outputs.correct is not None else None,
     )
     skip = None if call.attempt is None else call.attempt.many_ignored
-    launch_anchor(head, labels, anchor, skip)
+    slope = None
+    if head.softcap is not None and store is not None:
+        slope = torch.empty_like(anchor)
+    launch_anchor(head, labels, anchor, slope, skip)
     call.shard.sum(anchor)
     _exponents(call, anchor, sums, store)
     if call.attempt is not None and not call.attempt.goes_on():
@@ -86,8 +89,8 @@ def _row_statistics(
     shift, sums = _of_all_ranks(call, anchor, sums, store)
     class_total = None if outputs.smooth is None else call.class_total()
     rest = (class_total, weights, outputs, store)
-    launch_finish(head, labels, shift, anchor, sums, call.vocab_total, *rest)
-    launch_overflow(head, labels, anchor, *rest, call.allow_tf32)
+    launch_finish(head, labels, shift, anchor, slope, sums, call.vocab_total, *rest)
+    launch_overflow(head, labels, anchor, slope, *rest, call.allow_tf32)
 
 
 def _exponents(call: Call, shift: Tensor, sums: RowSums, store: Tensor | None) -> None:

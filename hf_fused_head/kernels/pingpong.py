@@ -55,15 +55,13 @@ def _in_gluon(function: Any, **names: Any) -> Any:
 
 
 tile_position = _in_gluon(product.tile_position)
-_softcap_slope = _in_gluon(product.softcap_slope)
-_logits_of = _in_gluon(product.logits_of, tanh=_in_gluon(product.tanh))
+_logits_of = _in_gluon(product.logits_of, tanh_and_slope=_in_gluon(product.tanh_and_slope))
 _load_rows = _in_gluon(tile_epilogue.load_rows)
 _labels_among = _in_gluon(tile_epilogue.labels_among)
 _store_sums = _in_gluon(tile_epilogue.store_sums)
 _epilogue = _in_gluon(
     tile_epilogue.epilogue,
     logits_of=_logits_of,
-    softcap_slope=_softcap_slope,
     _exponential=_in_gluon(tile_epilogue._exponential),
     _smooth_sum=_in_gluon(tile_epilogue._smooth_sum),
     _entropy_sum=_in_gluon(tile_epilogue._entropy_sum),

@@ -58,30 +58,34 @@ def accumulate_product(
 
 
 @triton.jit
-def tanh(x):
-    """Hyperbolic tangent from exp2; exact to float32's absolute rounding, and never overflows."""
+def tanh_and_slope(x):
+    """Hyperbolic tangent and its derivative, both from one exponential, which never overflows.
+
+    The tangent is exact to float32's absolute rounding. The derivative is `4 d / (1 + d)^2` with
+    `d = exp(-2|x|)`: `1 - tanh^2` has no digit left where the tangent rounds to one.
+    """
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(x < 0, -magnitude, magnitude)
+    inverse = 1.0 / (1.0 + decay)
+    magnitude = (1.0 - decay) * inverse
+    return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay * inverse * inverse
 
 
 @triton.jit
 def logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap):
-    """Logits of an accumulated tile; `bias_ptr`, `logit_scale` and `softcap` may be None."""
+    """Logits of an accumulated tile, and the derivative of the softcap there.
+
+    `bias_ptr`, `logit_scale` and `softcap` may be None; without a softcap there is no derivative,
+    and what stands in its place must not be used.
+    """
     logits = acc
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v, mask=offs_v < vocab_size, other=0.0).to(tl.float32)
         logits += bias[None, :]
     if logit_scale is not None:
         logits *= logit_scale
+    slope = logits
     if softcap is not None:
         # One division a tile, not one an element.
-        logits = softcap * tanh(logits * (1.0 / softcap))
-    return logits
-
-
-@triton.jit
-def softcap_slope(logits, softcap):
-    """Derivative of the softcap at its output `logits`."""
-    ratio = logits * (1.0 / softcap)
-    return 1.0 - ratio * ratio
+        tangent, slope = tanh_and_slope(logits * (1.0 / softcap))
+        logits = softcap * tangent
+    return logits, slope

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fused_head.kernels.operands import Head
-from hf_fused_head.kernels.product import tanh
+from hf_fused_head.kernels.product import tanh_and_slope
 from hf_fused_head.kernels.tuning import cdiv, low_rank_block, power_of_2
 
 # Rows without a label that counts ride along while they are fewer than one in so many: leaving them
@@ -70,6 +70,7 @@ def _anchor_kernel(
     bias_ptr,
     labels_ptr,
     anchor_ptr,
+    slope_ptr,
     skip_ptr,
     logit_scale,
     softcap,
@@ -84,6 +85,8 @@ def _anchor_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """Program t owns row t: writes the logit of its label, a dot product of H terms.
+
+    With a softcap also the softcap's derivative there, where the label is one of these rows.
 
     Infinity where no label counts: every exponent of such a row is then exp(-inf), zero. Zero where
     another rank has the label, which adds it.
@@ -117,7 +120,10 @@ def _anchor_kernel(
         logit += tl.load(bias_ptr + label).to(tl.float32)
     logit *= logit_scale
     if softcap is not None:
-        logit = softcap * tanh(logit / softcap)
+        tangent, slope = tanh_and_slope(logit / softcap)
+        logit = softcap * tangent
+        if slope_ptr is not None:
+            tl.store(slope_ptr + row, slope)
     tl.store(anchor_ptr + row, logit)
 
 
@@ -187,13 +193,21 @@ def launch_count(
     return plain, rows, counts
 
 
-def launch_anchor(head: Head, labels: Tensor, anchor: Tensor, skip: Tensor | None = None) -> None:
+def launch_anchor(
+    head: Head,
+    labels: Tensor,
+    anchor: Tensor,
+    slope: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
     """Writes the logit of every row's label, infinity for a row without one, 0 for another rank's.
 
     Args:
         head: See `Head`.
         labels: [T] int64 in [0, V), beyond for another rank's, negative where none counts.
         anchor: [T] float32, written.
+        slope: [T] float32, the softcap's derivative at that logit, written for labels in [0, V);
+            None without a softcap, or where it is not needed.
         skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
     low, low_weight = head.low, head.low_weight
@@ -207,6 +221,7 @@ def launch_anchor(head: Head, labels: Tensor, anchor: Tensor, skip: Tensor | Non
         head.bias,
         labels,
         anchor,
+        slope,
         skip,
         float(head.logit_scale),
         head.softcap,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_fused_head.kernels.epilogue import LOWEST
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
-from hf_fused_head.kernels.product import LOG2E, softcap_slope
+from hf_fused_head.kernels.product import LOG2E
 from hf_fused_head.kernels.tuning import cdiv
 
 # Above this sum of exp(z - z_y), 44 nats of loss, a row is made again around its maximum: exponents
@@ -33,10 +33,10 @@ def finish_rows(
     entropy_sum,
     anchor,
     label_logit,
+    label_slope_ptr,
     class_total_ptr,
     vocab_size,
     logit_scale,
-    softcap,
     nll_weight_ptr,
     smooth_weight_ptr,
     z_weight_ptr,
@@ -93,8 +93,8 @@ def finish_rows(
         tl.store(factor_ptr + offs_t, factor, mask=mask_t)
         entry = (alpha - beta) * exp_label - beta * total.to(tl.float32)
         entry = tl.where(alpha == 0.0, 0.0, entry / alpha)
-        if softcap is not None:
-            entry *= softcap_slope(label_logit, softcap)
+        if label_slope_ptr is not None:
+            entry *= tl.load(label_slope_ptr + offs_t, mask=mask_t & counts, other=0.0)
         place = store_ptr + offs_t.to(tl.int64) * stride_store_t + label
         entry = entry.to(store_ptr.dtype.element_ty)
         tl.store(place, entry, mask=mask_t & counts & (label < stored_vocab))
@@ -109,6 +109,7 @@ def _finish_kernel(
     target_shifted_ptr,
     shift_ptr,
     anchor_ptr,
+    label_slope_ptr,
     class_total_ptr,
     nll_weight_ptr,
     smooth_weight_ptr,
@@ -126,7 +127,6 @@ def _finish_kernel(
     stride_store_t,
     stored_vocab,
     logit_scale,
-    softcap,
     num_tokens,
     vocab_size,
     num_tiles_v,
@@ -170,10 +170,10 @@ def _finish_kernel(
         tl.sum(entropy_sum, 0),
         shift,
         anchor,
+        label_slope_ptr,
         class_total_ptr,
         vocab_size,
         logit_scale,
-        softcap,
         nll_weight_ptr,
         smooth_weight_ptr,
         z_weight_ptr,
@@ -207,6 +207,7 @@ def launch_finish(
     labels: Tensor,
     shift: Tensor,
     anchor: Tensor,
+    slope: Tensor | None,
     sums: RowSums,
     vocab_size: int,
     class_total: Tensor | None,
@@ -221,6 +222,7 @@ def launch_finish(
         labels: [T] int64, negative where none counts.
         shift: [T] float32, what the sums were made around: the anchor, or a larger logit.
         anchor: [T] float32, the logit of the label.
+        slope: [T] float32, the softcap's derivative there; None without a softcap or a store.
         sums: Row sums of every vocabulary tile, of all ranks.
         vocab_size: Rows of the head on all ranks.
         class_total: [1] float32, sum of the class weights, or V; needed with smoothing only.
@@ -233,11 +235,11 @@ def launch_finish(
     nll_weight, smooth_weight, z_weight = weights or (None, None, None)
     stride_store = 0 if store is None else store.stride(0)
     stored_vocab = 0 if store is None else store.shape[1]
-    softcap = None if head.softcap is None else float(head.softcap)
     _finish_kernel[(cdiv(num_tokens, 32),)](
         *sums,
         shift,
         anchor,
+        slope,
         class_total,
         nll_weight,
         smooth_weight,
@@ -248,7 +250,6 @@ def launch_finish(
         stride_store,
         stored_vocab,
         float(head.logit_scale),
-        softcap,
         num_tokens,
         vocab_size,
         sums.total.shape[0],
