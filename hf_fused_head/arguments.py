@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_fused_head.options import FLOAT_DTYPES, STAT_NAMES
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head.transforms import is_differentiated
 
 
 def check_arguments(
@@ -41,10 +42,10 @@ def check_arguments(
         raise TypeError(f"`weight` must be floating point, got {weight.dtype}: call weight.float()")
     if weight is not None and weight.device != target.device:
         raise ValueError(f"`weight` must be on {target.device}, got {weight.device}: move it there")
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+    if weight is not None and is_differentiated(weight):
         raise NotImplementedError(
-            "`weight` must not require grad, got requires_grad=True: class weights are constants, "
-            "pass weight.detach()"
+            "`weight` must not require grad, got one that is differentiated: class weights are "
+            "constants, pass weight.detach()"
         )
     _check_num_items(num_items)
     is_number = isinstance(memory_budget_mib, (int, float)) and memory_budget_mib > 0

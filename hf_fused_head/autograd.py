@@ -4,36 +4,60 @@ A scalar loss knows the weight of every row before its products run, so its grad
 the forward and `FinishedLoss` carries them to the backward, where the one number that was missing,
 the upstream gradient, scales them. A loss per token takes any upstream vector, so `RowLosses` keeps
 the operands and makes the gradients in the backward.
+
+`torch.func` and dual tensors get the `Transformed...` variants, which have a derivative in forward
+mode and a rule for `torch.vmap`; torch.compile traces no `jvp`, and a separate `setup_context`
+costs a call dozens of microseconds (read at torch 2.13). No loss has a second derivative: where one
+could be taken, the first leaves through `Gradients` or `RowGradients`, whose derivatives raise.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from hf_fused_head import ops
+from hf_fused_head.transforms import eager_only, in_transform, is_batch_of_gradients, loop
+
+# Which gradients are made: of each input, of each weight, of the bias.
+RowNeeds = tuple[list[bool], list[bool], bool]
 
 
-def refuse_second_derivative() -> None:
-    """Raises under `create_graph=True`: the engines have first derivatives only."""
+def refuse_second_derivative() -> NoReturn:
+    """Raises: the engines have first derivatives only."""
+    raise NotImplementedError(
+        "the fused cross-entropy must be differentiated once, got a second derivative (a gradient "
+        "penalty, a Hessian, torch.autograd.functional.jvp of losses per token): use F.linear and "
+        "F.cross_entropy where one is needed; torch.func.jvp takes losses per token"
+    )
+
+
+def refuse_sharded_tangent() -> NoReturn:
+    """Raises: the tangents of the other ranks' rows are not here."""
+    raise NotImplementedError(
+        "`process_group` must be None in forward mode (torch.func.jvp, dual tensors), got a group: "
+        "use reverse mode, where every rank has the gradients of its own rows"
+    )
+
+
+def may_be_differentiated() -> bool:
+    """Whether what a backward computes now may be differentiated again."""
     # A compiled backward is traced without gradients and refuses double backward by itself.
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "`create_graph` must be False for the fused cross-entropy, got True: it has no second "
-            "derivative; use F.linear and F.cross_entropy where one is needed"
-        )
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or in_transform())
 
 
-def scaled(grads: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """Every gradient times the upstream scalar, with no pass and no memory that can be spared."""
-    if torch.compiler.is_compiling():
+    copied = torch.compiler.is_compiling() or may_be_differentiated()
+    if copied or is_batch_of_gradients(upstream):
         return [grad * upstream for grad in grads]
     # Reading the number is free on the CPU; elsewhere it would wait for the device.
     if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return grads
+        return list(grads)
     if graph_is_kept():
         return [grad * upstream for grad in grads]
     return [ops.multiply_(grad, upstream) for grad in grads]
@@ -47,39 +71,148 @@ def graph_is_kept() -> bool:
     return ask is None or ask()
 
 
+class _OnceDifferentiable(Function):
+    """A function of first derivatives, whose own derivatives raise."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing to save."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> NoReturn:
+        """Raises."""
+        refuse_second_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        """Raises."""
+        refuse_second_derivative()
+
+
+class Gradients(_OnceDifferentiable):
+    """First derivatives as they are; differentiating them again raises."""
+
+    @staticmethod
+    def forward(num_sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` are what the derivatives depend on, then the derivatives."""
+        return tuple(grad.view_as(grad) for grad in tensors[num_sources:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        """One call for each part of the batch."""
+        return loop(Gradients.apply, info, in_dims, *arguments)
+
+
 class FinishedLoss(Function):
     """Ties a loss to the gradients that were computed beside it.
 
     Saved: the gradients, in the dtype of their parameters (float16 ones in float32, since the loss
-    scale only arrives with the upstream gradient); neither hidden states nor weights.
+    scale only arrives with the upstream gradient); neither hidden states nor weights. The second
+    output is empty and stands for the parameters in the graph of a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, num_parameters: int, *tensors: Tensor) -> Tensor:
-        """`tensors` are the parameters, then their gradients (empty where nobody needs one)."""
-        parameters, grads = tensors[:num_parameters], tensors[num_parameters:]
-        ctx.dtypes = [parameter.dtype for parameter in parameters]
-        ctx.needed = [parameter.requires_grad for parameter in parameters]
-        ctx.save_for_backward(*grads)
+    def forward(
+        ctx: Any, loss: Tensor, needed: tuple[bool, ...], sharded: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`tensors` are the parameters, then the gradients of those that are needed."""
+        link = loss.new_empty(0)
+        ctx.needed = needed
+        ctx.dtypes = [parameter.dtype for parameter in tensors[: len(needed)]]
+        ctx.save_for_backward(link, *tensors[len(needed) :])
         # Not `clone`: inductor (read at torch 2.13) makes one output of two copies of a value, and
         # that output has no gradient if one of them is detached, as a logged loss is.
-        return loss.sum()
+        return loss.sum(), link
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Every gradient times the upstream scalar."""
-        refuse_second_derivative()
-        needed = [grad for grad, need in zip(ctx.saved_tensors, ctx.needed, strict=True) if need]
-        finished = iter(scaled(needed, upstream))
-        grads = [
+        link, *grads = ctx.saved_tensors
+        if may_be_differentiated():
+            grads = Gradients.apply(1, link, *grads)
+        finished = iter(scaled(grads, upstream))
+        parameter_grads = [
             next(finished).to(dtype) if need else None
             for dtype, need in zip(ctx.dtypes, ctx.needed, strict=True)
         ]
-        return (None, None, *grads, *(None for _ in grads))
+        return (None, None, None, *parameter_grads, *(None for _ in grads))
+
+
+class TransformedLoss(Function):
+    """`FinishedLoss` for transforms and dual tensors."""
+
+    @staticmethod
+    def forward(
+        loss: Tensor, needed: tuple[bool, ...], sharded: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `FinishedLoss.forward`."""
+        return loss.clone(), loss.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keeps the gradients, and the parameters while a tangent is computed."""
+        _, ctx.needed, ctx.sharded, *tensors = inputs
+        parameters, grads = tensors[: len(ctx.needed)], tensors[len(ctx.needed) :]
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], *grads)
+        ctx.save_for_forward(*output, *tensors)
+
+    @staticmethod
+    @eager_only
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        """As `FinishedLoss.backward`."""
+        if upstream is None:
+            return (None,) * (3 + len(ctx.needed) + sum(ctx.needed))
+        return FinishedLoss.backward(ctx, upstream, _)
+
+    @staticmethod
+    @eager_only
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        """The sum of every gradient times the tangent of its parameter."""
+        if ctx.sharded:
+            refuse_sharded_tangent()
+        loss, link, *tensors = ctx.saved_tensors
+        grads = iter(Gradients.apply(len(ctx.needed), *tensors))
+        total = torch.zeros_like(loss)
+        for need, tangent in zip(ctx.needed, tangents[3:], strict=False):
+            grad = next(grads) if need else None
+            if grad is not None and tangent is not None:
+                total = total + (grad.to(loss.dtype) * tangent.to(loss.dtype)).sum()
+        # With a tangent of its own, `link` tells a backward that it differentiates a second time.
+        return total, torch.zeros_like(link)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        """One call for each part of the batch."""
+        return loop(TransformedLoss.apply, info, in_dims, *arguments)
+
+
+class RowGradients(_OnceDifferentiable):
+    """The gradients of losses per token; differentiating them again raises."""
+
+    @staticmethod
+    def forward(
+        config: tuple,
+        needs: RowNeeds,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        bias: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        """`tensors` are 4 upstream gradients, 6 statistics, inputs, and as many weights."""
+        upstream, stats, pairs = tensors[:4], tensors[4:10], tensors[10:]
+        head = *halves(pairs), bias, class_weight, labels, *config
+        return tuple(ops.row_grads(*head, *stats, *upstream, *needs))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        """One call for each part of the batch."""
+        return loop(RowGradients.apply, info, in_dims, *arguments)
 
 
 class RowLosses(Function):
-    """nll, lse, smooth and entropy per token, each differentiable.
+    """nll, lse, smooth and entropy per token, each differentiable; then `correct`, `correction`.
 
     Saved: the operands and O(tokens) statistics, so the backward can make the logits again.
     """
@@ -87,64 +220,164 @@ class RowLosses(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        num_pairs: int,
         config: tuple,
         wanted: tuple[bool, bool, bool],
+        needs: RowNeeds,
         labels: Tensor,
         class_weight: Tensor | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`tensors` are inputs, weights and, where there is one, the bias."""
-        inputs, weights, bias = split_parameters(tensors, num_pairs)
-        stats = ops.row_stats(inputs, weights, bias, class_weight, labels, *config, *wanted)
-        ctx.num_pairs, ctx.config, ctx.wanted = num_pairs, config, wanted
-        ctx.needed = [tensor.requires_grad for tensor in tensors]
-        ctx.has_class_weight = class_weight is not None
-        extra = (labels,) if class_weight is None else (labels, class_weight)
-        ctx.save_for_backward(*stats, *extra, *tensors)
-        nll, lse, smooth, entropy, correct, _ = stats
-        ctx.mark_non_differentiable(correct)
-        return nll, lse, smooth, entropy, correct
+        bias: Tensor | None,
+        *pairs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`pairs` are inputs, then as many weights."""
+        stats = ops.row_stats(*halves(pairs), bias, class_weight, labels, *config, *wanted)
+        ctx.config, ctx.wanted, ctx.needs = config, wanted, needs
+        ctx.mark_non_differentiable(*stats[4:])
+        ctx.save_for_backward(*_Rows.to_save(ctx, stats, labels, class_weight, bias, pairs))
+        return stats
 
     @staticmethod
-    def backward(
-        ctx: Any, g_nll: Tensor, g_lse: Tensor, g_smooth: Tensor, g_entropy: Tensor, _: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         """The logits once more, and from them the gradients of what is not frozen."""
-        refuse_second_derivative()
+        rows = _Rows.saved(ctx)
+        inputs, weights, bias = rows.gradients(upstream, ctx.wanted, ctx.needs)
+        return (None, None, None, None, None, bias, *inputs, *weights)
+
+
+class TransformedRowLosses(Function):
+    """`RowLosses` for transforms and dual tensors."""
+
+    @staticmethod
+    def forward(
+        config: tuple, wanted: tuple[bool, bool, bool], needs: RowNeeds, *operands: Any
+    ) -> tuple[Tensor, ...]:
+        """As `RowLosses.forward`."""
+        labels, class_weight, bias, *pairs = operands
+        return ops.row_stats(*halves(pairs), bias, class_weight, labels, *config, *wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keeps operands and statistics, for either mode."""
+        ctx.config, ctx.wanted, ctx.needs, labels, class_weight, bias, *pairs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[4:])
+        saved = _Rows.to_save(ctx, output, labels, class_weight, bias, pairs)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    @eager_only
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        """As `RowLosses.backward`."""
+        return RowLosses.backward(ctx, *upstream)
+
+    @staticmethod
+    @eager_only
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """The tangents of the statistics."""
+        bias, (inputs, weights) = tangents[5], halves(tangents[6:])
+        return *_Rows.saved(ctx).tangents(inputs, weights, bias, ctx.wanted), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        """One call for each part of the batch."""
+        return loop(TransformedRowLosses.apply, info, in_dims, *arguments)
+
+
+class _Rows(NamedTuple):
+    """A head and its statistics, as losses per token keep them."""
+
+    config: tuple
+    stats: Sequence[Tensor]  # nll, lse, smooth, entropy, correct, correction
+    labels: Tensor
+    class_weight: Tensor | None
+    bias: Tensor | None
+    inputs: list[Tensor]
+    weights: list[Tensor]
+
+    @staticmethod
+    def to_save(
+        ctx: Any,
+        stats: Sequence[Tensor],
+        labels: Tensor,
+        class_weight: Tensor | None,
+        bias: Tensor | None,
+        pairs: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """The tensors in the order in which `saved` finds them."""
+        ctx.has_class_weight, ctx.has_bias = class_weight is not None, bias is not None
+        optional = [tensor for tensor in (class_weight, bias) if tensor is not None]
+        return [*stats, labels, *optional, *pairs]
+
+    @classmethod
+    def saved(cls, ctx: Any) -> _Rows:
+        """What `ctx` keeps."""
         # Read once: under activation checkpointing a second look would compute everything again.
-        saved = ctx.saved_tensors
-        stats, rest = saved[:6], saved[6:]
-        class_weight = rest[1] if ctx.has_class_weight else None
-        tensors = rest[2:] if ctx.has_class_weight else rest[1:]
-        inputs, weights, bias = split_parameters(tensors, ctx.num_pairs)
-        want_smooth, want_entropy, _ = ctx.wanted
-        needed, num_pairs = ctx.needed, ctx.num_pairs
-        grads = ops.row_grads(
-            inputs,
-            weights,
-            bias,
-            class_weight,
-            rest[0],
-            *ctx.config,
-            *stats,
-            g_nll,
-            g_lse,
-            g_smooth if want_smooth else None,
-            g_entropy if want_entropy else None,
-            needed[:num_pairs],
-            needed[num_pairs : 2 * num_pairs],
-            bias is not None and needed[-1],
-        )
-        parameter_grads = [
-            grad if need else None for grad, need in zip(grads[: len(tensors)], needed, strict=True)
+        saved = list(ctx.saved_tensors)
+        stats, labels, rest = saved[:6], saved[6], saved[7:]
+        class_weight = rest.pop(0) if ctx.has_class_weight else None
+        bias = rest.pop(0) if ctx.has_bias else None
+        return cls(ctx.config, stats, labels, class_weight, bias, *halves(rest))
+
+    def gradients(
+        self, upstream: Sequence[Tensor | None], wanted: tuple[bool, bool, bool], needs: RowNeeds
+    ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+        """Of inputs, weights and bias; `upstream` is that of nll, lse, smooth and entropy."""
+        nll, lse = (torch.zeros_like(self.stats[0]) if g is None else g for g in upstream[:2])
+        smooth, entropy = upstream[2] if wanted[0] else None, upstream[3] if wanted[1] else None
+        make = RowGradients.apply if may_be_differentiated() else RowGradients.forward
+        head = self.labels, self.class_weight, self.bias
+        tensors = nll, lse, smooth, entropy, *self.stats, *self.inputs, *self.weights
+        grads = make(self.config, needs, *head, *tensors)
+        flat = [*needs[0], *needs[1], needs[2]]
+        kept = [grad if need else None for grad, need in zip(grads, flat, strict=True)]
+        return *halves(kept[:-1]), kept[-1]
+
+    def tangents(
+        self,
+        dinputs: Sequence[Tensor | None],
+        dweights: Sequence[Tensor | None],
+        dbias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> list[Tensor]:
+        """Of nll, lse, smooth and entropy, by the gradients of hidden states alone.
+
+        A further pair of operands `(0, dW)` leaves the logits as they are. The gradient of its
+        zeros is `sum_j dz_j dW_j`, and the product of that with `x` is the tangent for `dW`. A bias
+        is a weight whose `x` is 1.
+        """
+        if self.config[-2]:
+            refuse_sharded_tangent()
+        ones = self.inputs[0].new_ones(self.inputs[0].shape[0], 1)
+        column = None if dbias is None else dbias[:, None]
+        pairs = zip((*self.inputs, ones), (*dweights, column), strict=True)
+        known = [(x, dweight) for x, dweight in pairs if dweight is not None]
+        head, factors = self, list(dinputs)
+        if known:
+            # One pair, since an engine may take no more than two.
+            x, dweight = (torch.cat(side, 1) for side in zip(*known, strict=True))
+            inputs, weights = [*self.inputs, torch.zeros_like(x)], [*self.weights, dweight]
+            head, factors = self._replace(inputs=inputs, weights=weights), [*dinputs, x]
+        needs = [factor is not None for factor in factors], [False] * len(factors), False
+
+        def tangent(index: int) -> Tensor:
+            values = self.stats[index]
+            upstream = [torch.ones_like(values) if i == index else None for i in range(4)]
+            grads, _, _ = head.gradients(upstream, (index == 2, index == 3, False), needs)
+            parts = [
+                (grad.to(values.dtype) * factor.to(values.dtype)).sum(-1)
+                for grad, factor in zip(grads, factors, strict=True)
+                if grad is not None and factor is not None
+            ]
+            return torch.stack(parts).sum(0)
+
+        asked = (True, True, *wanted[:2])
+        return [
+            tangent(index) if want else torch.zeros_like(self.stats[index])
+            for index, want in enumerate(asked)
         ]
-        return (None, None, None, None, None, *parameter_grads)
 
 
-def split_parameters(
-    tensors: tuple[Tensor, ...], num_pairs: int
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """Inputs, weights and bias out of one flat tuple."""
-    bias = tensors[2 * num_pairs] if len(tensors) > 2 * num_pairs else None
-    return list(tensors[:num_pairs]), list(tensors[num_pairs : 2 * num_pairs]), bias
+def halves(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Inputs and weights out of one flat sequence."""
+    count = len(tensors) // 2
+    return list(tensors[:count]), list(tensors[count:])

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from hf_fused_head import ops
 from hf_fused_head.arguments import check_arguments
-from hf_fused_head.autograd import FinishedLoss, RowLosses
+from hf_fused_head.autograd import (
+    FinishedLoss,
+    RowLosses,
+    TransformedLoss,
+    TransformedRowLosses,
+)
 from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
 from hf_fused_head.options import (
     STAT_NAMES,
@@ -22,6 +27,7 @@ from hf_fused_head.options import (
     resolve_impl,
 )
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head.transforms import eager_in_transforms, in_transform, is_differentiated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,7 +80,9 @@ def linear_cross_entropy(
         loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, ...)
         loss = loss + z_loss * logsumexp(logits)**2                   # reduced like the loss
 
-    Peak extra memory is `memory_budget_mib` plus O(tokens); products accumulate in float32.
+    Peak extra memory is `memory_budget_mib` plus O(tokens); products accumulate in float32. First
+    derivatives in reverse and forward mode, under the transforms of `torch.func` too, where
+    `torch.vmap` makes one call for each part of the batch; a second derivative raises.
 
     Args:
         input: Final hidden states, [..., hidden], float16, bfloat16, float32 or float64.
@@ -102,8 +110,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: If shapes disagree, an option is out of range or a label is no class.
         TypeError: If dtypes are wrong.
-        NotImplementedError: If the named `impl` does not support the inputs, or with
-            `process_group` while a CUDA graph is captured.
+        NotImplementedError: If the named `impl` does not support the inputs, with `process_group`
+            in forward mode or while a CUDA graph is captured; where a second derivative is taken.
         RuntimeError: If the ranks of `process_group` do not mean the same loss, or another one has
             raised one of the above.
 
@@ -164,6 +172,7 @@ def linear_cross_entropy_with_stats(
     )
 
 
+@eager_in_transforms
 def operand_cross_entropy(
     operands: Sequence[tuple[Tensor, Tensor]],
     target: Tensor,
@@ -277,37 +286,36 @@ class _Call(NamedTuple):
         want_correct: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss and the rows of statistics, [N] each."""
+        transformed = in_transform()
         parameters = [*self.inputs, *self.weights]
         if self.bias is not None:
             parameters.append(self.bias)
-        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        needed = tuple(is_differentiated(parameter) for parameter in parameters)
         smooth = self.options.label_smoothing > 0
         wanted = (smooth, want_entropy, want_correct)
-        if not needs_grad:
+        if not any(needed):
             rows = ops.row_stats(*self._detached(), *self._config(), *wanted)
             return self._reduce(rows, ce_weight, ce_items, z_items), rows
+        pairs, bias_needed = len(self.inputs), self.bias is not None and needed[-1]
+        needs = list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed
         if self.options.reduction == "none":
-            rows = RowLosses.apply(
-                len(self.inputs),
-                self._config(),
-                wanted,
-                self.target,
-                self.class_weight,
-                *parameters,
-            )
+            apply = TransformedRowLosses.apply if transformed else RowLosses.apply
+            optional = self.class_weight, self.bias
+            operands = self.target, *optional, *self.inputs, *self.weights
+            rows = apply(self._config(), wanted, needs, *operands)
             return self._reduce(rows, ce_weight, ce_items, z_items), rows
         *rows, grads = ops.stats_and_grads(
             *self._detached(),
             *self._config(),
             *self._row_weights(ce_weight, ce_items, z_items),
-            [hidden.requires_grad for hidden in self.inputs],
-            [weight.requires_grad for weight in self.weights],
-            self.bias is not None and self.bias.requires_grad,
+            *needs,
             want_entropy,
             want_correct,
         )
         loss = self._reduce(rows, ce_weight, ce_items, z_items)
-        loss = FinishedLoss.apply(loss, len(parameters), *parameters, *grads[: len(parameters)])
+        finished = [grad for grad, need in zip(grads, needed, strict=False) if need]
+        apply = TransformedLoss.apply if transformed else FinishedLoss.apply
+        loss, _ = apply(loss, needed, self.group != "", *parameters, *finished)
         return loss, tuple(rows)
 
     def _detached(self) -> tuple:

@@ -3,11 +3,13 @@
 An engine sees only rows that count. Here the labels are checked, ignored rows are dropped before
 and put back after, and the engine is looked up by its name. Sizes that depend on data stay inside
 the operators, so `torch.compile` sees fixed shapes whatever the labels are. No operator has an
-autograd formula: a second derivative raises instead of being wrong.
+autograd formula: a second derivative raises instead of being wrong. Under `torch.vmap` an operator
+runs once for each part of the batch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -33,6 +35,7 @@ from hf_fused_head.options import (
     triton_obstacle,
 )
 from hf_fused_head.run_record import note_engine, note_schedule
+from hf_fused_head.transforms import loop, loop_over_gradients
 
 _ENGINES = {
     "reference": "hf_fused_head.reference",
@@ -354,3 +357,11 @@ def row_grads(*arguments: Any) -> list[Tensor]:
 def _(*arguments: Any) -> list[Tensor]:
     head, rest = _Head.split(arguments)
     return head.grads(torch.empty, Needs(*rest[10:]), widen=False)
+
+
+for _operator in (row_stats, stats_and_grads, row_grads):
+    _operator.register_vmap(functools.partial(loop, _operator))
+
+# A backward with `is_grads_batched=True` reaches only the operator that takes upstream gradients.
+_BATCHES = torch.library.Library("hf_fused_head", "FRAGMENT")
+_BATCHES.impl("row_grads", functools.partial(loop_over_gradients, row_grads), "Batched")

@@ -99,12 +99,20 @@ def test_every_token_gets_its_own_upstream() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_second_derivative_is_refused(impl: str, reduction: str) -> None:
+def test_a_second_derivative_is_refused_where_it_is_taken(impl: str, reduction: str) -> None:
     problem = Problem(options={"reduction": reduction})
     tensors = trainable(problem)
+    leaves = [tensors[name] for name in NAMES]
     loss = by_ours(problem, impl)(tensors).sum()
-    with pytest.raises(NotImplementedError, match="`create_graph` must be False"):
-        torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(map(torch.equal, first, again))
+    penalty = again[0].square().sum()
+    for leaf in leaves:
+        with pytest.raises(NotImplementedError, match="must be differentiated once"):
+            torch.autograd.grad(loss + penalty, leaf, retain_graph=True, allow_unused=True)
+    with pytest.raises(NotImplementedError, match="must be differentiated once"):
+        (loss + penalty).backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
