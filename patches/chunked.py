@@ -3,8 +3,10 @@
 DoRA, trainable tokens, quantised layers and modules of the user know themselves how their logits
 come about. Each chunk's logits live until its losses are out and come again in the backward
 (checkpointing), so no more than the memory budget is taken, and autograd finds every parameter
-that the module uses, wherever it is kept. Where parts of the module are gathered from other
-processes in forwards of their own, all processes run as many chunks as the one with most tokens.
+that the module uses, wherever it is kept. The chunks' gradients of a parameter are summed in
+float32 beyond that budget, where the parameter is of lower precision. Where parts of the module are
+gathered from other processes in forwards of their own, all processes run as many chunks as the one
+with most tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from hf_fused_head.functional import LossStats
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
 
 from .errors import UnsupportedModelError
+from .gradient_sums import Term, next_operation, sum_in_float32
 from .settings import LossSettings
 
 # Logits, their float32 copy, its log-softmax and the gradient of it live at the same time.
@@ -39,6 +42,10 @@ HeadForward = Callable[[Tensor], Tensor]
 _MIXERS = {("peft.tuners.lily.layer", "Linear"): "PEFT's Lily, whose router averages over tokens"}
 
 
+@torch.compiler.disable(
+    reason="the head is not taken apart: its own forward runs on chunks of tokens, whose number "
+    "depends on the labels; compile without fullgraph=True"
+)
 def chunked_cross_entropy(
     head_forward: HeadForward,
     hidden: Tensor,
@@ -63,7 +70,8 @@ def chunked_cross_entropy(
     keep = labels != settings.options.ignore_index
     rows = keep.nonzero()[:, 0]
     chunks = _run_chunks(head_forward, flat, labels, rows, settings, in_step)
-    total = torch.stack([chunk.total for chunk in chunks]).sum()
+    total = torch.stack([chunk.term.value for chunk in chunks]).sum()
+    sum_in_float32(total, [chunk.term for chunk in chunks])
     num_valid = keep.sum()
     items = num_valid if settings.num_items is None else settings.num_items
     if isinstance(items, Tensor):
@@ -93,22 +101,24 @@ def _run_chunks(
     settings: LossSettings,
     in_step: bool,
 ) -> list[_Chunk]:
-    def chunk(some: Tensor) -> _Chunk:
-        return _Chunk.run(head_forward, flat[some], labels[some], settings)
+    # One gather and one split: their backward writes the gradient of all hidden states once,
+    # while a gather for each chunk would write all of them for each.
+    hidden, targets, spare = flat.index_select(0, rows), labels[rows], flat[:1]
+
+    def run(some: Tensor, targets: Tensor) -> _Chunk:
+        return _Chunk.run(head_forward, some, targets, settings)
 
     def idle() -> _Chunk:
         """Counts nothing, yet is connected to what a loss would depend on."""
-        unused = _Chunk.run(head_forward, flat[:1], labels[:1] * 0, settings)
-        unused.total = unused.total * 0.0
-        unused.rows = tuple(value[:0] for value in unused.rows)
-        return unused
+        return run(spare, labels[:1] * 0).without_effect()
 
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
-    first = chunk(rows[:1]) if rows.numel() else idle()
+    first = run(hidden[:1], targets[:1]) if rows.numel() else idle()
     size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
-    rest = rows[1:].split(size) if rows.numel() > 1 else ()
-    idle_calls = _most_over_processes(len(rest), flat.device) - len(rest) if in_step else 0
-    return [first, *map(chunk, rest), *(idle() for _ in range(idle_calls))]
+    rest = zip(hidden[1:].split(size), targets[1:].split(size), strict=True)
+    chunks = [first, *(run(*some) for some in rest if some[1].numel())]
+    idle_calls = _most_over_processes(len(chunks), flat.device) - len(chunks) if in_step else 0
+    return [*chunks, *(idle() for _ in range(idle_calls))]
 
 
 def _most_over_processes(count: int, device: torch.device) -> int:
@@ -123,7 +133,7 @@ class _Chunk:
     def __init__(self) -> None:
         self.vocab_size = 0
         self.dtype = torch.float32
-        self.total = torch.empty(())
+        self.term = Term(torch.empty(()), 0)
         self.rows: tuple[Tensor, ...] = ()
 
     @classmethod
@@ -133,11 +143,18 @@ class _Chunk:
         """The losses of these rows, their logits gone again."""
         chunk = cls()
         run = checkpoint if torch.is_grad_enabled() and labels.numel() else _call
+        first_operation = next_operation()
         total, *rows = run(
             chunk._losses, head_forward, hidden, labels, settings, use_reentrant=False
         )
-        chunk.total, chunk.rows = total, tuple(rows)
+        chunk.term, chunk.rows = Term(total, first_operation), tuple(rows)
         return chunk
+
+    def without_effect(self) -> _Chunk:
+        """The same with a loss of 0, on no row."""
+        self.term = self.term._replace(value=self.term.value * 0.0)
+        self.rows = tuple(value[:0] for value in self.rows)
+        return self
 
     def _losses(
         self, head_forward: HeadForward, hidden: Tensor, labels: Tensor, settings: LossSettings

@@ -62,3 +62,14 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
     """Frobenius norm of the difference over that of `truth`, both in float64."""
     ours, truth = ours.detach().double().cpu(), truth.detach().double().cpu()
     return ((ours - truth).norm() / truth.norm()).item()
+
+
+def assert_norm_as_torch(name: str, ours: Tensor, torch_result: Tensor, truth: Tensor) -> None:
+    """Fails unless the error of `ours` by norm is at most twice that of torch's own result.
+
+    Stricter than element by element for sums of many terms: there the budget is a rounding of the
+    largest element, and an error that spreads over all others stays below it.
+    """
+    error, budget = relative_error(ours, truth), 2 * relative_error(torch_result, truth)
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.3g} by norm exceeds the budget {budget:.3g}")
