@@ -106,7 +106,9 @@ def _run_chunks(
     hidden, targets, spare = flat.index_select(0, rows), labels[rows], flat[:1]
 
     def run(some: Tensor, targets: Tensor) -> _Chunk:
-        return _Chunk.run(head_forward, some, targets, settings)
+        # Each chunk gets a node of its own, since FSDP waits for the gradient of a module's input
+        # to free its weights: that of the split comes only after all chunks.
+        return _Chunk.run(head_forward, some.view_as(some), targets, settings)
 
     def idle() -> _Chunk:
         """Counts nothing, yet is connected to what a loss would depend on."""
@@ -115,10 +117,10 @@ def _run_chunks(
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
     first = run(hidden[:1], targets[:1]) if rows.numel() else idle()
     size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
-    rest = zip(hidden[1:].split(size), targets[1:].split(size), strict=True)
-    chunks = [first, *(run(*some) for some in rest if some[1].numel())]
-    idle_calls = _most_over_processes(len(chunks), flat.device) - len(chunks) if in_step else 0
-    return [*chunks, *(idle() for _ in range(idle_calls))]
+    pieces = zip(hidden[1:].split(size), targets[1:].split(size), strict=True)
+    rest = [piece for piece in pieces if piece[1].numel()]
+    idle_calls = _most_over_processes(len(rest), flat.device) - len(rest) if in_step else 0
+    return [first, *(run(*piece) for piece in rest), *(idle() for _ in range(idle_calls))]
 
 
 def _most_over_processes(count: int, device: torch.device) -> int:

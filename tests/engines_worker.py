@@ -28,10 +28,11 @@ class Case(NamedTuple):
     Attributes:
         engine: Who shards it: a key of `ENGINES`.
         head: Where the head goes, for the engine to read.
-        training: "full", "lora" or "saved" (the head in PEFT's `modules_to_save`).
+        training: "full", "lora", "dora" or "saved" (the head in PEFT's `modules_to_save`).
         order: When it is patched: "first", before "adapters" or "last", after the engine.
         tied: Whether the head shares its weight with the embeddings.
         half: Whether products run in bfloat16.
+        memory_budget_mib: Of the patch.
     """
 
     engine: str
@@ -40,8 +41,11 @@ class Case(NamedTuple):
     order: str = "first"
     tied: bool = False
     half: bool = False
+    memory_budget_mib: float | None = None
 
 
+# Room for two tokens at a time.
+MANY_CHUNKS_MIB = 0.004
 CASES = [
     Case("ddp", "whole"),
     Case("ddp", "whole", order="last", tied=True),
@@ -53,7 +57,8 @@ CASES = [
     Case("fsdp1", "own", order="last"),
     Case("fsdp1", "own", "lora"),
     Case("fsdp1", "own", "saved", "adapters"),
-    Case("fsdp1", "parts", "lora", "last"),
+    Case("fsdp1", "own", "dora", memory_budget_mib=MANY_CHUNKS_MIB),
+    Case("fsdp1", "parts", "lora", "last", memory_budget_mib=MANY_CHUNKS_MIB),
     Case("fsdp2", "root", tied=True),
     Case("fsdp2", "root", order="last", tied=True, half=True),
     Case("fsdp2", "root", "lora", "last"),
@@ -62,7 +67,8 @@ CASES = [
     Case("fsdp2", "own", order="last", half=True),
     Case("fsdp2", "own", "lora"),
     Case("fsdp2", "own", "lora", "last", half=True),
-    Case("fsdp2", "parts", "lora"),
+    Case("fsdp2", "own", "dora", "last", half=True, memory_budget_mib=MANY_CHUNKS_MIB),
+    Case("fsdp2", "parts", "lora", memory_budget_mib=MANY_CHUNKS_MIB),
     Case("fsdp2", "own", "saved", "adapters"),
     Case("fsdp2", "own", "saved", "last", half=True),
     Case("fsdp2", "accelerate"),
@@ -105,18 +111,21 @@ def tiny(case: Case, patch_when: str = "never", seed: int = 0) -> nn.Module:
     """A Llama in the adapters of the case, none of them zero; patched on the way or not."""
     model: Any = build("llama", seed, tie_word_embeddings=case.tied, num_hidden_layers=1)
     if patch_when == "first":
-        apply_patch(model)
+        apply_patch(model, memory_budget_mib=case.memory_budget_mib)
     if case.training != "full":
         torch.manual_seed(seed + 5)
-        lora = case.training == "lora"
+        lora = case.training in ("lora", "dora")
         config = LoraConfig(
             r=4,
             target_modules=["q_proj", "lm_head"] if lora else ["q_proj"],
             modules_to_save=None if lora else ["lm_head"],
             init_lora_weights=False,
+            use_dora=case.training == "dora",
         )
         model = get_peft_model(model, config)
-    return apply_patch(model) if patch_when == "adapters" else model
+    if patch_when == "adapters":
+        apply_patch(model, memory_budget_mib=case.memory_budget_mib)
+    return model
 
 
 def sharded(case: Case, patch: bool = True, seed: int = 0) -> Any:
@@ -124,7 +133,7 @@ def sharded(case: Case, patch: bool = True, seed: int = 0) -> Any:
     model = tiny(case, case.order if patch else "never", seed)
     engine = ENGINES[case.engine](model, case.head, case.half)
     if patch and case.order == "last":
-        apply_patch(engine.model)
+        apply_patch(engine.model, memory_budget_mib=case.memory_budget_mib)
     return engine
 
 
@@ -172,7 +181,7 @@ def trains_like_one_process(case: Case) -> None:
     # Where the parts of a LoRA layer are gathered in forwards of their own, the layer runs in
     # chunks of tokens, with a gather for each of them.
     by_parts = case.head == "parts" or (case.head == "zero3" and case.training == "lora")
-    assert ("in chunks" in report.kernel) == by_parts
+    assert ("in chunks" in report.kernel) == (by_parts or case.training == "dora")
     assert by_parts or collectives == plain_collectives, (collectives, plain_collectives)
     true_loss, one_loss = (
         [sum(one_process(model, part, count) for part in parts) for parts in everyone][rank]
