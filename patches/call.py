@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,13 @@ from .deferred import ReplicaLogits, UnavailableLogits, deferred_logits
 from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
 from .heads import HeadLoss, head_loss
 from .logits_source import LogitsSource
+from .origin import is_masked_loss
+from .passes import LossArguments, Pass, same
 from .registry import Facts
 from .settings import LossSettings
-from .state import LastForward, PatchState, call_key
+from .state import FUSED, LastForward, PatchState
+from .swap import stock_class
 from .trace import HeadTrace, observed_facts, same_facts
-
-
-class LossArguments(NamedTuple):
-    """What the stock loss function is given beside the logits."""
-
-    labels: Tensor
-    shift_labels: Tensor | None = None
-    num_items_in_batch: int | Tensor | None = None
-    ignore_index: int = -100
-
 
 _UNKNOWN_KEYWORDS = frozenset(
     name
@@ -41,7 +34,7 @@ _UNKNOWN_KEYWORDS = frozenset(
 """What a later transformers may honour in its losses; every other keyword it takes and drops."""
 
 
-class Call:
+class Call(Pass):
     """One forward with labels.
 
     Args:
@@ -51,7 +44,10 @@ class Call:
         loss_function: The stock loss function of the model.
         facts: What the model is expected to do to its head's output.
         replica: The model is a replica of `DataParallel`.
+        layer: Name of the layer that it was entered through.
     """
+
+    is_fused = True
 
     def __init__(
         self,
@@ -61,9 +57,12 @@ class Call:
         loss_function: Callable[..., Any],
         facts: Facts,
         replica: bool,
+        layer: str,
     ) -> None:
+        super().__init__(layer, state.innermost())
         self.state = state
         self.head = head
+        self.given = arguments
         # A model with a loss of its own ignores what `loss_function` would be given.
         self.arguments = LossArguments(arguments.labels) if facts.own_loss else arguments
         if facts.unshifted and arguments.shift_labels is None:
@@ -73,32 +72,24 @@ class Call:
         self.replica = replica
         self.head_has_run = False
         self.handed_back = False
-        self.delegated = False
         self.vocab_size = 0
         self.loss: Tensor | None = None
+        self.without_grad = False
         self.source: LogitsSource | None = None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """The stock forward, its head answered by `answer` and its loss by `hand_back`."""
-        calls, key = self.state.calls, call_key()
-        outer = calls.get(key)
-        calls[key] = self
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            if outer is None:
-                del calls[key]
-            else:
-                calls[key] = outer
+        output = self.enclose(self.state, forward, args, kwargs)
         if not (self.handed_back or self.delegated):
             raise UnsupportedModelError(
                 "the model's forward must compute its loss with `self.loss_function`, got a loss "
                 "from elsewhere: leave this model stock (remove_patch)"
             )
-        if outer is not None:
-            # A wrapper of the forward, itself inside ours, has left the loss to ours.
-            outer.delegated = True
+        if self.outer is not None and not self.reentrant:
+            # A layer above, itself inside ours, has left the loss to this one.
+            self.outer.delegated = True
         self.state.ran = True
+        self.state.last_loss = FUSED
         return self._settled(output)
 
     def answer(self, kind: str, stock_forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -122,6 +113,7 @@ class Call:
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
         self.loss = neighbours.gathered_for_backward(self.head, result.stats.loss)
+        self.without_grad = not torch.is_grad_enabled()
         # Gathering the outputs of replicas would make the logits of every training step.
         unreadable = self.replica and torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not unreadable:
@@ -133,7 +125,7 @@ class Call:
     def _target(self, hidden: Tensor) -> Tensor:
         """The labels as the stock loss function shifts them, on the device of the head."""
         labels, shift_labels, _, ignore_index = self.arguments
-        if self.facts.own_loss or self.loss_function is ForMaskedLMLoss:
+        if self.facts.own_loss or is_masked_loss(self.loss_function):
             target = labels
         elif shift_labels is None:
             target = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
@@ -165,9 +157,10 @@ class Call:
             options.stats,
         )
 
-    def _head_type(self) -> tuple[type, ...]:
-        """What the head is made of; adapters may be put on later."""
-        return tuple(type(module) for module in self.head.modules())
+    def _head_type(self) -> tuple[Any, ...]:
+        """What the head is made of; adapters may be put on later, and forwards replaced."""
+        classes = [stock_class(type(module)) for module in self.head.modules()]
+        return tuple((cls, cls.forward) for cls in classes)
 
     def _note(self, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
@@ -204,7 +197,7 @@ class Call:
             )
         given = LossArguments(labels, shift_labels, num_items_in_batch, ignore_index)
         for name, expected, got in zip(given._fields, self.arguments, given, strict=True):
-            if not _same(expected, got):
+            if not same(expected, got):
                 raise UnsupportedModelError(
                     f"the loss must get the `{name}` that the forward was called with, got another "
                     "one: this model changes it on the way, leave it stock (remove_patch)"
@@ -282,14 +275,33 @@ class Call:
             )
 
     def _finished(self, logits: HeadTrace) -> Tensor:
-        loss, made = logits.loss, self.loss
-        if made is not None and loss.dtype != made.dtype:
+        loss, made = logits.loss, cast(Tensor, self.loss)
+        self._check_graph(loss, made)
+        if loss.dtype != made.dtype:
             # FSDP casts a module's outputs: the value is known exactly, the path must stay.
             loss = _WithValue.apply(loss, made.detach())
         num_items = self.arguments.num_items_in_batch
         if isinstance(num_items, Tensor) and num_items.dim():
             return loss.reshape(num_items.shape)
         return loss
+
+    def _check_graph(self, loss: Tensor, made: Tensor) -> None:
+        """Whether `loss`, out of the head's output, is the one that the head made."""
+        if torch.compiler.is_compiling():
+            changed = loss is not made and (loss.dtype, loss.device) == (made.dtype, made.device)
+        else:
+            changed = loss is not made and not _is_copy(loss, made)
+        if changed:
+            raise UnsupportedModelError(
+                "the head's output must reach the loss as the head made it, got another one from a "
+                "hook on the head: remove the hook or leave this model stock (remove_patch)"
+            )
+        if self.without_grad and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "the head must run with gradients where its loss is computed with them, got a head "
+                "under no_grad, as reentrant checkpointing runs it: use use_reentrant=False or "
+                "leave this model stock (remove_patch)"
+            )
 
     def logits(self, trace: HeadTrace) -> Tensor:
         """Real logits in the place of the stand-in; they can be read after the loss only."""
@@ -322,6 +334,20 @@ class Call:
         return ReplicaLogits() if self.replica else UnavailableLogits()
 
 
+# What FSDP's casts, moves to another device and copies leave in the graph.
+_COPIES = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
+
+
+def _is_copy(loss: Tensor, made: Tensor) -> bool:
+    """Whether a tensor is another one, cast, moved or copied."""
+    if not made.requires_grad or not loss.requires_grad:
+        return not made.requires_grad and torch.equal(loss, made.to(loss))
+    node: Any = loss.grad_fn
+    while node is not None and node is not made.grad_fn:
+        node = node.next_functions[0][0] if node.name() in _COPIES else None
+    return node is not None
+
+
 class _WithValue(torch.autograd.Function):
     """The value of the second argument on the path of the first."""
 
@@ -334,17 +360,6 @@ class _WithValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.to(ctx.dtype), None
-
-
-def causal_convention(loss_function: Any) -> bool:
-    """Whether this is a loss function of transformers that the fused loss stands for."""
-    return loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
-
-
-def _same(expected: Any, got: Any) -> bool:
-    if isinstance(expected, Tensor) or isinstance(got, Tensor):
-        return expected is got
-    return expected == got
 
 
 def _same_values(labels: Tensor, target: Any) -> bool:

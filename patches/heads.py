@@ -5,7 +5,8 @@ linear layer is one pair (hidden states, weight); a LoRA layer adds one small pa
 adapter, `(scale * A(dropout(x)), B)`, so that no copy of the large weight is made. Every other
 module is not taken apart: its own forward runs on a few tokens at a time.
 
-A kind is decided by a layer's class, once; what its adapters are switched to is read on every call.
+A kind is decided by the forward that a class has at the time; what its adapters are switched
+to is read on every call.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from . import neighbours
 from .chunked import check_rows, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
+from .origin import is_own, is_same_linear
 from .settings import LossSettings
 from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
 
@@ -61,15 +63,25 @@ class LinearOperands(NamedTuple):
 
 
 def kind_of(cls: type) -> str:
-    """The kind of heads of this class; `cls` is the class as it was before any swap."""
-    if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward:
-        return LINEAR
-    conv1d = _loaded("transformers.pytorch_utils", "Conv1D")
-    if conv1d is not None and issubclass(cls, conv1d) and cls.forward is conv1d.forward:
-        return CONV1D
-    lora = _loaded("peft.tuners.lora.layer", "Linear")
-    if lora is not None and issubclass(cls, lora) and cls.forward is lora.forward:
-        return LORA
+    """The kind of heads of this class; `cls` is the class as it was before any swap.
+
+    A class whose forward somebody has replaced is a module, whose own forward runs.
+    """
+    return _kind(cls, cls.forward, nn.functional.linear)
+
+
+# The compiler evaluates this while it traces, and guards on the arguments.
+@torch.compiler.assume_constant_result
+def _kind(cls: type, forward: Any, linear: Any) -> str:
+    if issubclass(cls, nn.Linear) and is_own(forward, "torch.nn.modules.linear", "Linear.forward"):
+        return LINEAR if is_same_linear(linear) else MODULE
+    for kind, module, name in (
+        (CONV1D, "transformers.pytorch_utils", "Conv1D"),
+        (LORA, "peft.tuners.lora.layer", "Linear"),
+    ):
+        stock = _loaded(module, name)
+        if stock is not None and issubclass(cls, stock):
+            return kind if is_own(forward, module, f"{name}.forward") else MODULE
     return MODULE
 
 

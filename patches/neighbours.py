@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
+from .origin import module_of, name_of
+from .passes import Layer, positions
 from .swap import STATE, is_bound_forward, is_fused_forward, swapped_class
 from .tensor_parallel import gathers_logits
 
@@ -44,6 +47,8 @@ class ComposedForward:
         self.model = model
         self.inner = inner
         self.run = run
+        # Several may lie around each other.
+        self.layer = Layer(f"instance {id(self)}", positions(inner))
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -53,7 +58,7 @@ class ComposedForward:
         state = self.model.__dict__.get(STATE)
         if state is None:
             return self.inner(*args, **kwargs)
-        return self.run(self.model, state, self.inner, args, kwargs)
+        return self.run(self.model, state, self.inner, args, kwargs, self.layer)
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -87,14 +92,14 @@ def rival_of(model: nn.Module) -> str | None:
         remedy = _rival_remedy(function)
         if remedy is not None:
             return (
-                f"its forward was replaced by {_module_of(function)}, which computes a loss of its "
+                f"its forward was replaced by {module_of(function)}, which computes a loss of its "
                 f"own: {remedy}"
             )
     return None
 
 
 def _rival_remedy(function: Any) -> str | None:
-    package = _module_of(function).split(".")[0]
+    package = module_of(function).split(".")[0]
     for rival, remedy in _RIVALS.items():
         if package == rival or package.startswith(f"{rival}_"):
             return remedy
@@ -122,7 +127,7 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
         if not composable or not _is_transparent(function):
             remedy = "apply_patch before that" if composable else "take it off"
             return (
-                f"somebody has put a forward on {name}, {_name_of(function)}: {remedy}, or leave "
+                f"somebody has put a forward on {name}, {name_of(function)}: {remedy}, or leave "
                 "this model stock"
             )
     return f"somebody has put a forward on {name} that does not lead to its class's forward"
@@ -136,7 +141,7 @@ def runs_ours(model: nn.Module) -> bool:
 
 
 def _is_transparent(function: Any) -> bool:
-    return _module_of(function).split(".")[0] in _TRANSPARENT
+    return module_of(function).split(".")[0] in _TRANSPARENT
 
 
 def has_device_hook(module: nn.Module) -> bool:
@@ -145,7 +150,7 @@ def has_device_hook(module: nn.Module) -> bool:
     if "_hf_hook" not in attributes or "_old_forward" not in attributes:
         return False
     forward = attributes.get("forward")
-    return isinstance(forward, functools.partial) and _module_of(forward) == "accelerate.hooks"
+    return isinstance(forward, functools.partial) and module_of(forward) == "accelerate.hooks"
 
 
 def compose(model: nn.Module, run: Callable[..., Any]) -> None:
@@ -178,7 +183,9 @@ def decompose(model: nn.Module) -> None:
 
 def refuse_backward_hooks(head: nn.Module) -> None:
     """A full backward hook waits for the gradient of logits, which never comes."""
-    if head._backward_hooks or head._backward_pre_hooks:
+    every = torch.nn.modules.module  # Those for all modules of the process.
+    own = head._backward_hooks or head._backward_pre_hooks
+    if own or every._global_backward_hooks or every._global_backward_pre_hooks:
         raise UnsupportedModelError(
             "a backward hook on the head needs the gradient of the logits, which the fused head "
             "never makes: remove the hook or leave this model stock (remove_patch)"
@@ -232,17 +239,3 @@ def _chain(forward: Any) -> list[Any]:
         inner = getattr(forward, "__wrapped__", None)
         forward = getattr(forward, "func", None) if inner is None else inner
     return found
-
-
-def _module_of(function: Any) -> str:
-    if isinstance(function, functools.partial):
-        return _module_of(function.func)
-    # Wrapped callables copy the module name of what they wrap, so their own class counts too.
-    own = getattr(function, "__code__", None)
-    if own is not None:
-        return function.__globals__.get("__name__", "")
-    return type(function).__module__
-
-
-def _name_of(function: Any) -> str:
-    return f"{_module_of(function)}.{getattr(function, '__qualname__', type(function).__name__)}"

@@ -13,12 +13,13 @@ from torch import nn
 from hf_fused_head.options import resolve_impl
 
 from . import neighbours
-from .adapter import refusal_of, state_of, static_obstacle
+from .adapter import state_of
+from .eligibility import refusal_of, static_obstacle
 from .errors import UnsupportedModelError
 from .heads import MODULE, innermost_head, kind_of
 from .registry import facts_of, family_of
 from .state import LastForward, PatchState
-from .swap import swapped_class
+from .swap import stock_class, swapped_class
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PatchReport:
         kernel: The engine that computes the loss, and why.
         schedule: The one that the last fused forward ran; "" before it. A compiled forward chooses
             it inside, where it is not recorded.
+        last_loss: "fused", or why the loss of the last forward was not; "" before the first.
     """
 
     fused: bool
@@ -52,6 +54,7 @@ class PatchReport:
     sharding: str = "none"
     kernel: str = ""
     schedule: str = ""
+    last_loss: str = ""
 
     def __str__(self) -> str:
         lines = [f"fused: {'yes' if self.fused else 'no'}, {self.reason}"]
@@ -64,6 +67,7 @@ class PatchReport:
                 f"wrapper {self.wrapper}, sharding {self.sharding}",
                 f"kernel: {self.kernel}",
                 f"schedule: {self.schedule or 'no forward with labels yet'}",
+                f"last loss: {self.last_loss or 'none yet'}",
             ]
         return "\n".join(lines)
 
@@ -148,24 +152,20 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
         sharding=_sharding(weight, state.last),
         kernel=_kernel(state, weight, head),
         schedule=_schedule(state),
+        last_loss=state.last_loss,
     )
 
 
 def _wrapper(outer: nn.Module, head: nn.Module) -> str:
     names = [] if outer is head else [_stock_name(outer)]
-    kind = kind_of(_stock_class(head))
+    kind = kind_of(stock_class(type(head)))
     if kind not in ("linear", "conv1d"):
         names.append("LoRA" if kind == "lora" else _stock_name(head))
     return " > ".join(names) or "none"
 
 
-def _stock_class(module: nn.Module) -> type:
-    ours = swapped_class(type(module))
-    return type(module) if ours is None else ours.__dict__["_fused_base"]
-
-
 def _stock_name(module: nn.Module) -> str:
-    cls = _stock_class(module)
+    cls = stock_class(type(module))
     path = cls.__module__.split(".")
     # Every tuner of PEFT calls its layer Linear; peft.tuners.ia3.layer is told as `ia3.Linear`.
     tuner = f"{path[2]}." if path[:2] == ["peft", "tuners"] else ""
@@ -184,7 +184,7 @@ def _sharding(weight: Any, last: LastForward | None) -> str:
 
 def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
     last = state.last
-    kind = kind_of(_stock_class(head)) if last is None else last.kind
+    kind = kind_of(stock_class(type(head))) if last is None else last.kind
     if kind == MODULE or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
     choice = None if last is None or last.impl != state.options.impl else last.engine

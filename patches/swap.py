@@ -20,14 +20,42 @@ STATE = "_fused_state"
 ClassMaker = Callable[[type], dict[str, Any]]
 
 
-def make_subclass(base: type, namespace: dict[str, Any]) -> type:
+def make_subclass(base: type, namespace: dict[str, Any], below: tuple[type, ...] = ()) -> type:
     """A subclass of `base` that looks like it, with `namespace` on top.
 
-    `namespace["_fused_maker"]` must be the function that makes it again from `base`.
+    `namespace["_fused_maker"]` must be the function that makes it again from `base`. Classes of
+    `below` come after `base` in the order of inheritance, before what they derive from.
     """
     looks = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    extra = {STATE: None, "_fused_base": base, "__reduce_ex__": _reduce_ex}
-    return type(base)(base.__name__, (base,), {**looks, **extra, **namespace})
+    extra = {STATE: None, "_fused_base": base, "_fused_former": {}, "__reduce_ex__": _reduce_ex}
+    make: Any = _metaclass_of_swapped(type(base))
+    return make(base.__name__, (base, *below), {**looks, **extra, **namespace})
+
+
+@functools.cache
+def _metaclass_of_swapped(meta: Any) -> type:
+    """`meta` for classes whose methods are set on the stock class, where they do not shadow ours.
+
+    `type(model).forward = other` means the class that the model seems to have.
+    """
+
+    def set_attribute(cls: Any, name: str, value: Any) -> None:
+        ours = swapped_class(cls)
+        if ours is None or name.startswith("_") or name not in ours.__dict__:
+            meta.__setattr__(cls, name, value)
+        elif value is not ours.__dict__[name]:
+            former = ours._fused_base.__dict__.get(name)
+            ours._fused_former.setdefault(name, former)
+            setattr(ours._fused_base, name, value)
+        elif name in ours._fused_former:
+            # Who patches for a while puts back what was found in the dictionary of our class.
+            former = ours._fused_former.pop(name)
+            if former is None:
+                delattr(ours._fused_base, name)
+            else:
+                setattr(ours._fused_base, name, former)
+
+    return type(meta.__name__, (meta,), {"__setattr__": set_attribute})
 
 
 def method_like(stock: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +83,12 @@ def is_fused_forward(function: Any) -> bool:
 def swapped_class(cls: type) -> type | None:
     """The class of ours that `cls` is or derives from; None for a stock class."""
     return next((c for c in cls.__mro__ if "_fused_base" in c.__dict__), None)
+
+
+def stock_class(cls: type) -> type:
+    """The class that `cls` was made from by a swap; any other class itself."""
+    ours = swapped_class(cls)
+    return cls if ours is None else ours.__dict__["_fused_base"]
 
 
 def swap(module: nn.Module, make: Callable[[type], type], state: Any) -> None:
@@ -88,7 +122,7 @@ def _without(cls: type, ours: type) -> type:
         return ours.__dict__["_fused_base"]
     bases = tuple(_without(b, ours) if issubclass(b, ours) else b for b in cls.__bases__)
     kept = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, kept)
+    return type(ours.__dict__["_fused_base"])(cls.__name__, bases, kept)
 
 
 def is_bound_forward(module: nn.Module, method: Any) -> bool:

@@ -77,8 +77,9 @@ class HeadTrace:
         """An operation that no record can hold: real logits once the loss is out, else the end."""
         if not self.call.handed_back:
             raise UnsupportedModelError(
-                f"the model's forward does `{name}` to the logits before its loss, which the fused "
-                "head cannot take over: leave this model stock (remove_patch)"
+                f"the model's forward, or a hook on its head, does `{name}` to the logits before "
+                "the loss, which the fused head cannot take over: leave this model stock "
+                "(remove_patch)"
             )
         return self.call.logits(self)
 

@@ -1,0 +1,143 @@
+"""Why a model or its head cannot be fused, as far as can be told without a forward."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from . import neighbours, origin
+from .errors import UnsupportedModelError
+from .heads import innermost_head
+from .settings import PatchOptions
+from .swap import swapped_class
+
+
+class Refusal(NamedTuple):
+    """Why a model is stock although it was to be fused, and the options that it was to have."""
+
+    reason: str
+    options: PatchOptions
+
+
+_refusals: weakref.WeakKeyDictionary[nn.Module, Refusal] = weakref.WeakKeyDictionary()
+"""The refusals of stock models, which carry no trace of one themselves."""
+
+
+def static_obstacle(target: Any) -> str | None:
+    """Why a model cannot be fused, as far as can be told without a forward."""
+    name = type(target).__name__
+    if not isinstance(target, PreTrainedModel):
+        return f"{name} is no transformers model: pass the model itself or a known wrapper of it"
+    head = target.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return f"{name} has no output embeddings: load it with its language modelling head"
+    forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
+    if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
+        return f"the forward of {name} takes no labels"
+    rival = neighbours.rival_of(target)
+    if rival is not None:
+        return rival
+    loss_function = stock_loss_function(target)
+    if not _is_known_loss(loss_function):
+        return (
+            f"its loss function is {_spelled(loss_function)}, not a cross-entropy of transformers: "
+            "unset model.loss_function or leave the model stock"
+        )
+    return (
+        _replaced_loss_obstacle()
+        or neighbours.instance_forward_obstacle(target, name, True)
+        or head_obstacle(head)
+    )
+
+
+def head_obstacle(head: nn.Module) -> str | None:
+    """Why a head's forward cannot be taken over."""
+    inner = innermost_head(head)
+    name = f"the head ({type(inner).__name__})"
+    return neighbours.instance_forward_obstacle(inner, name, False)
+
+
+def check_loss(loss_function: Any) -> None:
+    """Makes sure that the fused loss stands for the one that the stock forward would compute.
+
+    Raises:
+        UnsupportedModelError: If somebody has replaced the loss function or a part of it.
+    """
+    if not _is_known_loss(loss_function):
+        raise UnsupportedModelError(
+            "model.loss_function must be a cross-entropy of transformers, got "
+            f"{_spelled(loss_function)}: unset it or leave the model stock (remove_patch)"
+        )
+    obstacle = _replaced_loss_obstacle()
+    if obstacle is not None:
+        raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
+
+
+def stock_loss_function(model: Any) -> Any:
+    """What `model.loss_function` is without the patch."""
+    ours = swapped_class(type(model))
+    if torch.compiler.is_compiling():
+        return _traced_loss_function(model, ours)
+    if ours is None:
+        return model.loss_function
+    base = ours.__dict__["_fused_base"]
+    attribute = inspect.getattr_static(base, "loss_function")
+    if isinstance(attribute, property) and attribute.fget is not None:
+        return attribute.fget(model)
+    # Somebody has put a method in the place of the property.
+    return model.__dict__.get("loss_function", base.loss_function.__get__(model))
+
+
+def _traced_loss_function(model: Any, ours: Any) -> Any:
+    """The compiler can call the getter that the patch has found, but not ask a class for it."""
+    if ours._fused_base.loss_function is not ours._fused_loss_property:
+        raise UnsupportedModelError(
+            "the loss function of the model's class was replaced since apply_patch: call "
+            "apply_patch again before torch.compile"
+        )
+    # Without the warning at an unknown type, which it cannot trace; apply_patch has given it.
+    if not hasattr(model, "_loss_function") and model.loss_type not in LOSS_MAPPING:
+        return LOSS_MAPPING["ForCausalLM"]
+    return ours._fused_loss_getter(model)
+
+
+def remember_refusal(model: nn.Module, error: UnsupportedModelError, options: PatchOptions) -> None:
+    """Keeps for the report why this model is stock."""
+    _refusals[model] = Refusal(str(error), options)
+
+
+def forget_refusal(model: nn.Module) -> None:
+    """The model is to be fused again."""
+    _refusals.pop(model, None)
+
+
+def refusal_of(model: nn.Module) -> Refusal | None:
+    """Why this stock model was refused; None where it was not."""
+    return _refusals.get(neighbours.unwrapped(model))
+
+
+def refuse_mildly(target: nn.Module, error: UnsupportedModelError, options: PatchOptions) -> None:
+    """Warns that a model stays stock, where the patch is not strict."""
+    if isinstance(target, nn.Module):
+        remember_refusal(target, error, options)
+    warnings.warn(f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3)
+
+
+def _is_known_loss(loss_function: Any) -> bool:
+    return origin.is_causal_loss(loss_function) or origin.is_masked_loss(loss_function)
+
+
+def _replaced_loss_obstacle() -> str | None:
+    replaced = origin.replaced_part_of_losses()
+    return None if replaced is None else f"{replaced}: put it back or leave the model stock"
+
+
+def _spelled(loss_function: Any) -> str:
+    return getattr(loss_function, "__qualname__", repr(loss_function))
