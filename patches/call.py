@@ -22,7 +22,6 @@ from .passes import LossArguments, Pass, same
 from .registry import Facts
 from .settings import LossSettings
 from .state import FUSED, LastForward, PatchState
-from .swap import stock_class
 from .trace import HeadTrace, observed_facts, same_facts
 
 _UNKNOWN_KEYWORDS = frozenset(
@@ -107,8 +106,8 @@ class Call(Pass):
             )
         hidden = args[0]
         target = self._target(hidden)
-        verify = not torch.compiler.is_compiling() and self._head_type() not in self.state.rowwise
-        result = head_loss(kind, self.head, stock_forward, hidden, target, self._settings(), verify)
+        settings, trials = self._settings(), self.state.trials
+        result = head_loss(kind, self.head, stock_forward, hidden, target, settings, trials)
         self._note(result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
@@ -157,11 +156,6 @@ class Call(Pass):
             options.stats,
         )
 
-    def _head_type(self) -> tuple[Any, ...]:
-        """What the head is made of; adapters may be put on later, and forwards replaced."""
-        classes = [stock_class(type(module)) for module in self.head.modules()]
-        return tuple((cls, cls.forward) for cls in classes)
-
     def _note(self, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
@@ -173,7 +167,6 @@ class Call(Pass):
         if torch.compiler.is_compiling():
             state.last = None
             return
-        state.rowwise.add(self._head_type())
         state.last = LastForward(
             result.kind, result.ranks, state.options.impl, result.engine, result.ran
         )

@@ -11,13 +11,11 @@ with most tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_fused_head.functional import LossStats
@@ -31,21 +29,9 @@ from .settings import LossSettings
 _COPIES_OF_A_CHUNK = 4
 _FLOAT_BYTES = 4
 
-# Products of float32 have no more digits where TF32 is switched on.
-_TF32_EPS = 2.0**-11
-# They may take the scale of their activations from all rows.
-_NOISE_OF_QUANTISED_LAYERS = 0.05
-
 HeadForward = Callable[[Tensor], Tensor]
 
-# Layers that average over tokens. A new adapter is zero, so that a first forward cannot show it.
-_MIXERS = {("peft.tuners.lily.layer", "Linear"): "PEFT's Lily, whose router averages over tokens"}
 
-
-@torch.compiler.disable(
-    reason="the head is not taken apart: its own forward runs on chunks of tokens, whose number "
-    "depends on the labels; compile without fullgraph=True"
-)
 def chunked_cross_entropy(
     head_forward: HeadForward,
     hidden: Tensor,
@@ -89,8 +75,7 @@ def chunked_cross_entropy(
         correct=scattered(3) if "accuracy" in settings.stats else None,
         num_valid=num_valid,
     )
-    ran = "" if torch.compiler.is_compiling() else _describe(chunks)
-    return stats, chunks[0].vocab_size, chunks[0].dtype, ran
+    return stats, chunks[0].vocab_size, chunks[0].dtype, _describe(chunks)
 
 
 def _run_chunks(
@@ -217,62 +202,3 @@ def _describe(chunks: list[_Chunk]) -> str:
     mib = tokens * chunks[0].vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
     again = ", their logits made again in the backward" if torch.is_grad_enabled() else ""
     return f"chunks of {tokens} tokens{again}, workspace {mib:,.1f} MiB"
-
-
-def check_rows(head: nn.Module, head_forward: HeadForward, hidden: Tensor) -> None:
-    """Refuses a head that mixes tokens, by name or seen by running one row alone and with another.
-
-    Args:
-        head: The module; its dropouts are off meanwhile.
-        head_forward: Its stock forward.
-        hidden: [..., hidden].
-
-    Raises:
-        UnsupportedModelError: If the first row's logits change with the second row's presence.
-    """
-    for module in head.modules():
-        for cls in type(module).__mro__:
-            if (cls.__module__, cls.__qualname__) in _MIXERS:
-                raise _mixes_tokens(_MIXERS[cls.__module__, cls.__qualname__])
-    rows = hidden.reshape(-1, hidden.shape[-1])[:2]
-    cuda = [rows.device] if rows.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), _without_dropout(head):
-        together, alone, again = head_forward(rows), head_forward(rows[:1]), head_forward(rows[:1])
-    same_shape = together.dim() == 2 and together.shape[1:] == alone.shape[1:]
-    if not same_shape or not torch.equal(alone, again):
-        return  # No map of tokens, which the chunks will tell, or random by means of its own.
-    difference = (together[:1].double() - alone.double()).abs().max()
-    if difference > _allowed_difference(head, rows, alone):
-        raise _mixes_tokens("a module that mixes them")
-
-
-def _mixes_tokens(culprit: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the head's logits of a token must not depend on other tokens, got {culprit}: keep it off "
-        "the head or leave this model stock (remove_patch)"
-    )
-
-
-def _allowed_difference(head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
-    """What another batch size may change, since it may pick another kernel."""
-    scale = logits.double().abs().max()
-    tensors = [hidden, logits, *head.parameters()]
-    if any(type(t) not in (Tensor, nn.Parameter) or not t.is_floating_point() for t in tensors):
-        return _NOISE_OF_QUANTISED_LAYERS * scale
-    dtypes = {t.dtype for t in tensors}
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtypes.add(torch.get_autocast_dtype(hidden.device.type))
-    rounding = max(_TF32_EPS, *(torch.finfo(dtype).eps for dtype in dtypes))
-    return min(8 * rounding, _NOISE_OF_QUANTISED_LAYERS) * scale
-
-
-@contextlib.contextmanager
-def _without_dropout(head: nn.Module) -> Iterator[None]:
-    dropouts = [m for m in head.modules() if isinstance(m, _DropoutNd) and m.training]
-    for module in dropouts:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            module.training = True

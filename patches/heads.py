@@ -24,12 +24,13 @@ from hf_fused_head.options import Choice
 from hf_fused_head.run_record import recording
 
 from . import neighbours
-from .chunked import check_rows, chunked_cross_entropy
+from .chunked import HeadForward, chunked_cross_entropy
 from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
 from .origin import is_own, is_same_linear
 from .settings import LossSettings
 from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
+from .trial import Trials, buffer_versions, fingerprint, keeps_state, try_out, written_since
 
 LINEAR = "linear"
 CONV1D = "conv1d"
@@ -116,7 +117,7 @@ def head_loss(
     hidden: Tensor,
     target: Tensor,
     settings: LossSettings,
-    verify_rows: bool,
+    trials: Trials,
 ) -> HeadLoss:
     """The loss of `head` on `hidden` without its logits.
 
@@ -127,22 +128,16 @@ def head_loss(
         hidden: [..., hidden]; of a sharded model maybe a DTensor.
         target: [...], int64, shifted, on the device of `hidden`.
         settings: What the loss is and how it may be computed.
-        verify_rows: Try out that a module that is not taken apart treats every token by itself.
+        trials: Of heads that are not taken apart; a head of a new kind is added.
 
     Raises:
-        UnsupportedModelError: If the weight is spread over ranks in another way than by rows, or
-            the head mixes tokens.
+        UnsupportedModelError: If the weight is spread over ranks in another way than by rows, the
+            head mixes tokens, or a forward changes it.
     """
     operands = _operands(kind, head, hidden)
     if operands is None:
-        hidden = _uncut(hidden, head)
         forward = functools.partial(stock_forward, head)
-        if verify_rows and not torch.compiler.is_compiling():
-            check_rows(head, forward, hidden)
-        in_step = neighbours.gathers_by_parts(head)
-        found = chunked_cross_entropy(forward, hidden, target, settings, in_step)
-        stats, vocab_size, dtype, ran = found
-        return HeadLoss(stats, vocab_size, dtype, MODULE, ran)
+        return _loss_in_chunks(head, forward, _uncut(hidden, head), target, settings, trials)
     weight = operands.pairs[0][1]
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
     pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
@@ -166,6 +161,32 @@ def head_loss(
     dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
     ran = str(record.schedule or (_NO_VALUES if record.choice is None else _NO_LABELS))
     return HeadLoss(stats, operands.vocab_size, dtype, kind, ran, record.choice, ranks)
+
+
+@torch.compiler.disable(
+    reason="the head is not taken apart: its own forward runs on chunks of tokens, whose number "
+    "depends on the labels; compile without fullgraph=True"
+)
+def _loss_in_chunks(
+    head: nn.Module,
+    forward: HeadForward,
+    hidden: Tensor,
+    target: Tensor,
+    settings: LossSettings,
+    trials: Trials,
+) -> HeadLoss:
+    kind = fingerprint(head)
+    if kind not in trials and hidden.numel():
+        trials[kind] = try_out(head, forward, hidden)
+    before = buffer_versions(head)
+    in_step = neighbours.gathers_by_parts(head)
+    found = chunked_cross_entropy(forward, hidden, target, settings, in_step)
+    # The tokens of the trial may have been too few to show it.
+    changed = written_since(before, head) - trials.get(kind, frozenset())
+    if changed:
+        raise keeps_state(head, sorted(changed))
+    stats, vocab_size, dtype, ran = found
+    return HeadLoss(stats, vocab_size, dtype, MODULE, ran)
 
 
 def _uncut(hidden: Any, head: nn.Module) -> Tensor:

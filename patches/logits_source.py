@@ -92,7 +92,7 @@ class LogitsSource:
         self.device = device
         self.suspended = suspended
         self.mode = ComputeMode.current(device.type)
-        self.hidden_version = _version(hidden)
+        self.hidden_version = version_of(hidden)
         self.obstacle = _random_obstacle(head)
         self.state = HeadState.of(head)
         # Inside its forward a head is as spread over ranks as the forward can deal with.
@@ -131,7 +131,7 @@ class LogitsSource:
         reason = self.obstacle or self.state.difference(HeadState.of(head))
         if _layouts(head) != self.layouts:
             reason = "the head's parameters are sharded outside its forward"
-        if reason is None and _version(hidden) != self.hidden_version:
+        if reason is None and version_of(hidden) != self.hidden_version:
             reason = "the hidden states were changed in place since the forward"
         if reason is not None:
             raise LogitsUnavailableError(
@@ -151,7 +151,7 @@ class HeadState(NamedTuple):
         """The state of the head now."""
         tensors = (*head.parameters(), *head.buffers())
         return cls(
-            tuple((tensor, _version(tensor)) for tensor in tensors),
+            tuple((tensor, version_of(tensor)) for tensor in tensors),
             tuple(_switches(module) for module in head.modules()),
         )
 
@@ -174,7 +174,8 @@ class HeadState(NamedTuple):
         return None
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
     # Tensors made under inference mode keep no version; they cannot be trained either.
     return 0 if tensor.is_inference() else tensor._version
 

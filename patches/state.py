@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_fused_head.options import Choice
 
 from .settings import PatchOptions
+from .trial import Trials
 
 if TYPE_CHECKING:
     from .call import Call
@@ -47,7 +48,7 @@ class PatchState:
         options: Those of the next forward.
         own_options: Those that `apply_patch` was called with, without what a trainer has changed.
         running: The innermost pass of each thread.
-        rowwise: What heads that treat each token by itself are made of.
+        trials: Of heads that run in chunks of tokens.
         ran: Whether a forward has taken its loss out of the head since this was last lowered.
         last_loss: "fused", or why the last loss was not; "" before the first.
         warn_once: Warns of a text once; also while the compiler traces, which cannot call the
@@ -60,7 +61,7 @@ class PatchState:
         self.running: dict[int, Pass] = {}
         self.stats: tuple[Tensor | None, ...] | None = None
         self.last: LastForward | None = None
-        self.rowwise: set[tuple[Any, ...]] = set()
+        self.trials: Trials = {}
         self.ran = False
         self.last_loss = ""
         self.warned: set[str] = set()
