@@ -490,14 +490,16 @@ def test_a_model_that_is_refused_at_once(tmp_path: Path) -> None:
         FusedHeadTrainer(model, arguments(tmp_path), head_options={"strict": False})
 
 
-def test_compiled(tmp_path: Path) -> None:
+def test_compiled(tmp_path: Path, fresh_compiler: None, device: str) -> None:
     """With torch_compile the loss stays fused, metrics are logged and predictions are made."""
     data = rows()
-    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
-    ours = trained(FusedHeadTrainer, build(), data, args=args)
-    plain = arguments(tmp_path, max_steps=2)
-    expected = trained(Trainer, build(), data, args=plain)
-    exact = trained(Trainer, in_float64(build()), data, args=plain)
+    plain = {"max_steps": 2, "use_cpu": device == "cpu"}
+    args = arguments(tmp_path, torch_compile=True, **plain)
+    ours, expected = (
+        trained(trainer_class, build(), data, args=args)
+        for trainer_class in (FusedHeadTrainer, Trainer)
+    )
+    exact = trained(Trainer, in_float64(build()), data, args=arguments(tmp_path, **plain))
     for key in ("loss", "eval_loss"):
         found, wanted = history(ours, key).float(), history(expected, key).float()
         assert_close_as_torch(key, found, wanted, history(exact, key))
