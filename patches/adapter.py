@@ -113,10 +113,10 @@ def remove_patch(model: Model) -> Model:
     Returns:
         The same object.
     """
-    target = neighbours.unwrapped(model)
-    if isinstance(target, nn.Module):
-        forget_refusal(target)
-        unpatch(target)
+    for target in map(neighbours.unwrapped, neighbours.with_original(model)):
+        if isinstance(target, nn.Module):
+            forget_refusal(target)
+            unpatch(target)
     return model
 
 

@@ -107,11 +107,19 @@ def fused_head_class(base: type) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(self, STATE, None)
+        if state is not None and state.opened_outside():
+            return outside(self, *args, **kwargs)
         call = None if state is None else state.current()
         if call is None or call.head is not self:
             return base.forward(self, *args, **kwargs)
         return call.answer(kind_of(base), base.forward, args, kwargs)
 
+    # A head that is compiled alone: its loss comes from one operator, which gains nothing by that.
+    outside = torch.compiler.disable(
+        forward,
+        reason="a fused head that is compiled by itself computes its loss outside of its graph: "
+        "compile the head without fullgraph=True, or the whole model",
+    )
     namespace = {
         "forward": swap.method_like(base.forward, forward),
         "_fused_maker": fused_head_class,

@@ -90,7 +90,7 @@ def innermost_head(module: nn.Module) -> nn.Module:
     """The module that makes the logits, under wrappers that only choose or gather.
 
     PEFT's `modules_to_save` runs the active adapter's copy of the head, or the original one while
-    adapters are disabled; FSDP1's wrapper runs the module inside.
+    adapters are disabled; the wrappers of FSDP1 and torch.compile run the module inside.
     """
     while True:
         inner = _passed_through(module)
@@ -107,7 +107,7 @@ def _passed_through(module: nn.Module) -> nn.Module | None:
         if module.disable_adapters or not active or active[0] not in copies:
             return children["original_module"]
         return copies[active[0]]
-    return children.get("_fsdp_wrapped_module")
+    return children.get("_fsdp_wrapped_module", children.get("_orig_mod"))
 
 
 def head_loss(

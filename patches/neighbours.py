@@ -71,6 +71,12 @@ def unwrapped(model: Any) -> nn.Module:
     return model
 
 
+def with_original(model: Any) -> tuple[Any, ...]:
+    """The model and, of a copy by accelerate's `compile_regions`, what it shares its state with."""
+    original = getattr(model, "__dict__", {}).get("_orig_mod")
+    return (model,) if original is None else (model, original)
+
+
 def _inside(model: Any) -> Any:
     children = model._modules
     if "_orig_mod" in children:
@@ -121,7 +127,13 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
         return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]
-    for function in _chain(forward):
+    chain = _chain(forward)
+    if hasattr(forward, "_torchdynamo_orig_callable") and not any(map(is_fused_forward, chain)):
+        return (
+            f"the stock forward of {name} was compiled by itself: use .compile() of the module, or "
+            "apply_patch before torch.compile"
+        )
+    for function in chain:
         if is_fused_forward(function) or (composable and function in own):
             return None
         if not composable or not _is_transparent(function):

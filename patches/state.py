@@ -85,6 +85,12 @@ class PatchState:
         innermost = self.innermost()
         return cast("Call", innermost) if innermost is not None and innermost.is_fused else None
 
+    def opened_outside(self) -> bool:
+        """Whether this is compiled code inside a forward that is not, and that is to be fused."""
+        if not torch.compiler.is_compiling() or _COMPILED in self.running:
+            return False
+        return any(running.is_fused for running in self.running.values())
+
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Runs the stock forward of the head, whatever pass is running."""

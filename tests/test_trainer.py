@@ -490,8 +490,18 @@ def test_a_model_that_is_refused_at_once(tmp_path: Path) -> None:
         FusedHeadTrainer(model, arguments(tmp_path), head_options={"strict": False})
 
 
-def test_compiled(tmp_path: Path, fresh_compiler: None, device: str) -> None:
+@pytest.mark.parametrize(
+    "regional", ["0", pytest.param("1", marks=pytest.mark.slow)], ids=["whole", "regional"]
+)
+def test_compiled(
+    regional: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_compiler: None,
+    device: str,
+) -> None:
     """With torch_compile the loss stays fused, metrics are logged and predictions are made."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regional)
     data = rows()
     plain = {"max_steps": 2, "use_cpu": device == "cpu"}
     args = arguments(tmp_path, torch_compile=True, **plain)
