@@ -26,10 +26,9 @@ def check_arguments(
     here at all, and the length of `weight`.
     """
     vocab_size = pairs[0][1].shape[0] if pairs[0][1].dim() == 2 else 0
+    _check_target_dtype(target, pairs[0][0])
     for hidden, matrix in pairs:
         _check_pair(hidden, matrix, pairs[0][0], vocab_size, target, sharded)
-    if target.dtype != torch.int64:
-        raise TypeError(f"`target` must be int64 class ids, got {target.dtype}: call target.long()")
     whole = None if sharded else weight
     for name, vector in (("linear_bias", bias), ("weight", whole)):
         if vector is not None and tuple(vector.shape) != (vocab_size,):
@@ -61,6 +60,23 @@ def check_arguments(
         )
 
 
+def _check_target_dtype(target: Tensor, hidden: Tensor) -> None:
+    if target.dtype == torch.int64:
+        return
+    if not target.is_floating_point():
+        raise TypeError(f"`target` must be int64 class ids, got {target.dtype}: call target.long()")
+    if target.dim() == hidden.dim():
+        raise NotImplementedError(
+            f"`target` must be int64 class ids, got class probabilities, {target.dtype} of shape "
+            f"{tuple(target.shape)}: use F.linear and F.cross_entropy, which take them"
+        )
+    raise TypeError(
+        f"`target` must be int64 class ids, got {target.dtype} of shape {tuple(target.shape)}: "
+        "class ids are made as integers, float32 holds none exactly beyond 2**24; class "
+        "probabilities, one number for each class, take F.linear and F.cross_entropy"
+    )
+
+
 def _check_pair(
     hidden: Tensor,
     matrix: Tensor,
@@ -72,6 +88,12 @@ def _check_pair(
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"`input` must be float16, bfloat16, float32 or float64, got {hidden.dtype}: convert it"
+        )
+    if matrix.dim() > 2:
+        raise NotImplementedError(
+            f"`linear_weight` must have shape (vocab, hidden), got {tuple(matrix.shape)}: use "
+            "torch.nn.functional.linear_cross_entropy for the heads of a K-dimensional loss; one "
+            "head takes `input` [..., hidden] and `target` [...] of any number of dimensions"
         )
     empty = vocab_size == 0 and not sharded
     if matrix.dim() != 2 or matrix.shape[0] != vocab_size or empty:

@@ -24,6 +24,8 @@ from hf_fused_head.options import (
     LossOptions,
     Reduction,
     accumulation_dtype,
+    item_count,
+    plain_number,
     resolve_impl,
 )
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
@@ -61,7 +63,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -70,6 +72,7 @@ def linear_cross_entropy(
     impl: Impl = "auto",
     memory_budget_mib: float | None = None,
     process_group: ProcessGroup | None = None,
+    options: None = None,
 ) -> Tensor:
     """Cross-entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
@@ -87,11 +90,12 @@ def linear_cross_entropy(
     Args:
         input: Final hidden states, [..., hidden], float16, bfloat16, float32 or float64.
         linear_weight: Head matrix, [vocab, hidden], dtype and device of `input`.
-        target: Class ids, [...], int64, already shifted; `ignore_index` marks tokens without loss.
+        target: Class ids, [...], int64 (uint8 is taken too), already shifted; `ignore_index` marks
+            tokens without loss.
         linear_bias: Bias of the head, [vocab].
         weight: Weight of each class in the cross-entropy, [vocab]; not differentiable.
         reduction: "mean", "sum", or "none" for one loss per token.
-        ignore_index: The label of tokens without loss.
+        ignore_index: The label of tokens without loss; None means -100, as in torch.
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         logit_scale: Factor on the logits.
         softcap: Cap of the logits by `tanh`; None for none.
@@ -103,6 +107,7 @@ def linear_cross_entropy(
             and `linear_bias` are this rank's rows, as many as it has; `input`, `target` and
             `weight` are whole and the same on every rank. So are the loss and the gradient of
             `input`; those of the head's rows stay with their rank.
+        options: None; torch's chunking options are refused, `memory_budget_mib` is ours.
 
     Returns:
         Scalar float32; [...] float32 with `reduction="none"` (float64 for float64 inputs).
@@ -119,11 +124,10 @@ def linear_cross_entropy(
         Dong and Chang, "From Projection to Prediction", arXiv:2511.17599.
     """
     values = reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-    options = _options(process_group, linear_weight, *values)
     return operand_cross_entropy(
         [(input, linear_weight)],
         target,
-        options,
+        _options(process_group, linear_weight, options, *values),
         linear_bias=linear_bias,
         weight=weight,
         num_items=num_items,
@@ -141,7 +145,7 @@ def linear_cross_entropy_with_stats(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -150,6 +154,7 @@ def linear_cross_entropy_with_stats(
     impl: Impl = "auto",
     memory_budget_mib: float | None = None,
     process_group: ProcessGroup | None = None,
+    options: None = None,
 ) -> LossStats:
     """`linear_cross_entropy` together with statistics of every token.
 
@@ -157,11 +162,10 @@ def linear_cross_entropy_with_stats(
     loss, log-sum-exp, entropy and correctness of each token and the number of tokens that count.
     """
     values = reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-    options = _options(process_group, linear_weight, *values)
     return operand_cross_entropy(
         [(input, linear_weight)],
         target,
-        options,
+        _options(process_group, linear_weight, options, *values),
         linear_bias=linear_bias,
         weight=weight,
         num_items=num_items,
@@ -207,6 +211,9 @@ def operand_cross_entropy(
         raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
     group = group_name(process_group)
     pairs, bias = _autocast(list(operands), linear_bias)
+    num_items, memory_budget_mib = item_count(num_items), plain_number(memory_budget_mib)
+    # The one other dtype of class ids that torch takes.
+    target = target.long() if target.dtype == torch.uint8 else target
     try:
         check_arguments(
             pairs, target, bias, weight, num_items, memory_budget_mib, stats, group != ""
@@ -253,12 +260,17 @@ def explain(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice
 
 
 def _options(
-    process_group: ProcessGroup | None, linear_weight: Tensor, *values: Any
+    process_group: ProcessGroup | None, linear_weight: Tensor, chunking: None, *values: Any
 ) -> LossOptions:
     """The options; where they are out of range the other ranks of a group hear of it."""
     try:
+        if chunking is not None:
+            raise NotImplementedError(
+                f"`options` must be None, got {chunking!r}: the fused loss plans its own chunks, "
+                "bound them by memory_budget_mib"
+            )
         return LossOptions(*values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NotImplementedError):
         report_failure(group_name(process_group), linear_weight.device)
         raise
 

@@ -28,7 +28,7 @@ class LinearCrossEntropyLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         reduction: Reduction = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -38,9 +38,8 @@ class LinearCrossEntropyLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.options = LossOptions(
-            reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-        )
+        values: Any = reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+        self.options = LossOptions(*values)
         self.impl: Impl = impl
         self.memory_budget_mib = memory_budget_mib
         self._shared = None if process_group is None else _SharedGroup(process_group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# That of torch, where `None` means it too.
+DEFAULT_IGNORE_INDEX = -100
+
 # What a loss can tell beside itself; "accuracy" is told token by token, as `correct`.
 STAT_NAMES = ("accuracy", "entropy")
 
@@ -27,7 +30,7 @@ class LossOptions:
 
     Attributes:
         reduction: "mean", "sum" or "none" (one loss per token).
-        ignore_index: The label of tokens without loss.
+        ignore_index: The label of tokens without loss; None becomes -100, as in torch.
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         logit_scale: Factor on the logits.
         softcap: `softcap * tanh(logits / softcap)`; None for no cap.
@@ -35,13 +38,20 @@ class LossOptions:
     """
 
     reduction: Reduction = "mean"
-    ignore_index: int = -100
+    ignore_index: int = DEFAULT_IGNORE_INDEX
     label_smoothing: float = 0.0
     logit_scale: float = 1.0
     softcap: float | None = None
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("ignore_index", "label_smoothing", "logit_scale", "softcap", "z_loss"):
+            value = getattr(self, name)
+            plain = plain_number(value)
+            if name == "ignore_index" and value is None:
+                plain = DEFAULT_IGNORE_INDEX
+            if plain is not value:
+                object.__setattr__(self, name, plain)
         if self.reduction not in get_args(Reduction):
             raise ValueError(
                 f"`reduction` must be one of {get_args(Reduction)}, got {self.reduction!r}: "
@@ -175,6 +185,22 @@ def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         return "triton is not installed (pip install triton)"
     # By name, at first use: options lies below the engines and must not need triton.
     return importlib.import_module("hf_fused_head.fused").unavailable_reason(device_type, dtype)
+
+
+def item_count(num_items: Any) -> Any:
+    """A number of items as `plain_number` has it, or as the tensor that a graph can hold."""
+    plain = num_items is None or isinstance(num_items, (int, float, Tensor))
+    if torch.compiler.is_compiling() and not plain:
+        return torch.as_tensor(num_items)
+    return plain_number(num_items)
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number of a NumPy scalar or of an array of one element; others as they are."""
+    # The compiler reads no attribute of a number that changes from call to call.
+    if isinstance(value, (int, float, Tensor)) or getattr(value, "size", None) != 1:
+        return value
+    return value.item()
 
 
 def _is_int(value: object) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy
 
-from hf_fused_head.options import LossOptions
+from hf_fused_head.options import LossOptions, item_count
 
 from . import neighbours
 from .deferred import ReplicaLogits, UnavailableLogits, deferred_logits
@@ -150,7 +150,7 @@ class Call(Pass):
         )
         return LossSettings(
             loss_options,
-            self.arguments.num_items_in_batch,
+            item_count(self.arguments.num_items_in_batch),
             options.impl,
             options.memory_budget_mib,
             options.stats,
@@ -208,7 +208,8 @@ class Call(Pass):
             )
         self._check_facts(logits)
         self.handed_back = True
-        return self._finished(logits)
+        # The stock loss functions make the logits of a float64 model float32; gradients stay exact.
+        return self._finished(logits).float()
 
     def hand_back_own(
         self,

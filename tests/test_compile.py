@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from plain_head import NAMES, Problem, by_ours, results
@@ -57,7 +58,10 @@ def test_one_graph_for_every_length_and_every_label(
     assert len(compilations) == 1
 
 
-def test_a_python_count_of_items_compiles_once(backend: str, device: str) -> None:
+@pytest.mark.parametrize("kind", [int, np.int64], ids=lambda kind: kind.__name__)
+def test_a_count_of_items_that_is_no_tensor_compiles_once(
+    kind: type, backend: str, device: str
+) -> None:
     counter = CompileCounterWithBackend(backend)
     module = LinearCrossEntropyLoss(impl="torch")
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
@@ -65,7 +69,7 @@ def test_a_python_count_of_items_compiles_once(backend: str, device: str) -> Non
     call = tensors["hidden"].requires_grad_(), tensors["weight"], tensors["target"]
     compilations = set()
     for num_items in (5, 6, 7):
-        losses = [each(*call, num_items=num_items) for each in (compiled, module)]
+        losses = [each(*call, num_items=kind(num_items)) for each in (compiled, module)]
         torch.testing.assert_close(*losses)
         compilations.add(counter.frame_count)
     assert len(compilations) == 1

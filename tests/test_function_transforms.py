@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from causal_loss import in_float64
 from oracle import assert_close_as_torch
 from plain_head import NAMES, Problem, by_ours, by_plain, widened
 from tiny_models import batch, build
@@ -465,13 +466,13 @@ def test_a_transform_of_a_compiled_loss(name: str) -> None:
 class Model:
     """A model as a function of its parameters."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model = copy.deepcopy(model).to(dtype)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.inputs = batch(model)
         self.parameters = {n: p.detach() for n, p in self.model.named_parameters()}
         source = torch.Generator().manual_seed(7)
         self.tangents = {
-            name: torch.randn(p.shape, generator=source).to(dtype)
+            name: torch.randn(p.shape, generator=source).to(p)
             for name, p in self.parameters.items()
         }
 
@@ -522,8 +523,7 @@ def test_a_patched_model(case: Callable[[Model], Any], family: str, grad: bool) 
     stock = build(family)
     stock.set_attn_implementation("eager")
     with torch.set_grad_enabled(grad):
-        ours = case(Model(apply_patch(copy.deepcopy(stock)), torch.float32))
-        plain, truth = (case(Model(stock, dtype)) for dtype in (torch.float32, torch.float64))
-    found = [pytree.tree_leaves(value) for value in (ours, plain, truth)]
+        models = apply_patch(copy.deepcopy(stock)), stock, in_float64(stock)
+        found = [pytree.tree_leaves(case(Model(model))) for model in models]
     for index, (got, expected, exact) in enumerate(zip(*found, strict=True)):
         assert_close_as_torch(f"result {index}", got, expected, exact)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,6 +118,21 @@ def test_num_items_replaces_the_valid_count(
     ours = by_ours(problem.with_options(num_items=num_items), impl)
     assert ours(problem.tensors(torch.float32)).shape == ()
     check(problem, ours)
+
+
+@pytest.mark.parametrize("num_items", [np.int64(7), np.array(7), np.array([7.0]), np.float32(7)])
+def test_num_items_may_be_a_number_of_numpy(num_items: Any) -> None:
+    tensors = SMALL.tensors(torch.float32)
+    ours = by_ours(SMALL.with_options(num_items=num_items), "torch")(tensors)
+    assert torch.equal(ours, by_ours(SMALL.with_options(num_items=7), "torch")(tensors))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ids_of_one_byte_are_taken(impl: str) -> None:
+    tensors = SMALL.with_options(ignore_index=3).tensors(torch.float32)
+    ours = by_ours(SMALL.with_options(ignore_index=3), impl)
+    narrow = {**tensors, "target": tensors["target"].to(torch.uint8)}
+    assert torch.equal(ours(narrow), ours(tensors))
 
 
 def test_num_items_is_for_the_mean_only() -> None:
@@ -408,7 +425,12 @@ REFUSED = [
     ({"input": X[:, :0], "linear_weight": W[:, :0]}, ValueError, "hidden size of at least one"),
     ({"target": Y[:3]}, ValueError, r"`target` must have shape \(4,\), got \(3,\)"),
     ({"target": Y.int()}, TypeError, r"`target` must be int64.*got torch.int32.*target.long\(\)"),
-    ({"target": Y.float()}, TypeError, "`target` must be int64"),
+    ({"target": Y.float()}, TypeError, r"`target` must be int64 .*\(4,\): class ids are made as"),
+    ({"target": torch.rand(4, 5)}, NotImplementedError, r"class probabilities, .*\(4, 5\): use F."),
+    ({"linear_weight": torch.zeros(5, 2, 8)}, NotImplementedError, "for the heads of a K-dim"),
+    ({"options": object()}, NotImplementedError, "`options` must be None.* memory_budget_mib"),
+    ({"num_items": np.array([1, 2])}, TypeError, r"`num_items` must be .*got array\(\[1, 2\]\)"),
+    ({"num_items": np.bool_(True)}, TypeError, "`num_items` must be an int .*got True"),
     ({"target": Y.to("meta")}, ValueError, "`target` must be on cpu, got meta"),
     ({"linear_bias": torch.zeros(4)}, ValueError, r"`linear_bias` must have shape \(5,\), got"),
     ({"linear_bias": torch.zeros(5).half()}, TypeError, "`linear_bias` must have the dtype"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ BAD = [
     ("reduction", "max", ValueError, "`reduction` must be one of"),
     ("ignore_index", 1.5, TypeError, "`ignore_index` must be an int, got 1.5"),
     ("ignore_index", True, TypeError, "`ignore_index` must be an int, got True"),
+    ("ignore_index", np.bool_(True), TypeError, "`ignore_index` must be an int, got True"),
+    ("ignore_index", np.array([1, 2]), TypeError, "`ignore_index` must be an int, got array"),
     ("label_smoothing", -0.1, ValueError, r"`label_smoothing` must lie in \[0, 1\], got -0.1"),
     ("label_smoothing", 1.1, ValueError, r"`label_smoothing` must lie in \[0, 1\], got 1.1"),
     ("label_smoothing", "0.1", TypeError, "`label_smoothing` must be a number, got '0.1'"),
@@ -39,6 +43,27 @@ BAD = [
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values])
 def test_an_option_takes_its_values(name: str, value: object) -> None:
     assert getattr(LossOptions(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ignore_index", np.int64(-1)),
+        ("ignore_index", np.array(7)),
+        ("label_smoothing", np.float32(0.25)),
+        ("logit_scale", np.float64(0.5)),
+        ("softcap", np.array(30.0)),
+        ("z_loss", np.array([0.5])),
+    ],
+)
+def test_an_option_takes_numbers_of_numpy(name: str, value: Any) -> None:
+    taken = getattr(LossOptions(**{name: value}), name)
+    assert isinstance(taken, (int, float))
+    assert taken == value
+
+
+def test_no_ignored_index_is_that_of_torch() -> None:
+    assert LossOptions(ignore_index=None) == LossOptions()  # pyright: ignore
 
 
 @pytest.mark.parametrize(("name", "value", "error", "message"), BAD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from allocation_spy import AllocationSpy
@@ -25,6 +26,10 @@ def plain(model: nn.Module) -> Inputs:
 
 def num_items_as_int(model: nn.Module) -> Inputs:
     return batch(model) | {"num_items_in_batch": 37}
+
+
+def num_items_of_numpy(model: nn.Module) -> Inputs:
+    return batch(model) | {"num_items_in_batch": np.int64(37)}
 
 
 def num_items_as_tensor(model: nn.Module) -> Inputs:
@@ -63,6 +68,7 @@ def as_tuple(model: nn.Module) -> Inputs:
 SCENARIOS = [
     plain,
     num_items_as_int,
+    num_items_of_numpy,
     num_items_as_tensor,
     shifted_labels,
     other_ignore_index,
@@ -84,6 +90,19 @@ def test_loss_and_gradients_are_stock(family: str, scenario: Callable) -> None:
     stock = build(family)
     fused = apply_patch(copy.deepcopy(stock))
     assert_trains_like_stock(fused, stock, scenario(stock))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_float64_model_has_stocks_dtype_and_exact_gradients(family: str) -> None:
+    stock = build(family).double()
+    fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
+    loss, grads = loss_and_gradients(fused, inputs)
+    stock_loss, _ = loss_and_gradients(stock, inputs)
+    true_loss, true_grads = loss_and_gradients(in_float64(stock), inputs)
+    assert loss.dtype == stock_loss.dtype
+    torch.testing.assert_close(loss, true_loss.to(loss.dtype))
+    for name, expected in true_grads.items():
+        torch.testing.assert_close(grads[name], expected, msg=name)
 
 
 @pytest.mark.newest

@@ -9,13 +9,14 @@ import pytest
 
 import hf_fused_head
 
+LOSS_TENSORS = ["input", "linear_weight", "target"]
 LOSS_KEYWORDS = [
     "linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "logit_scale",
     "softcap", "z_loss", "num_items", "impl", "memory_budget_mib", "process_group",
 ]  # fmt: skip
 SIGNATURES = {
-    "linear_cross_entropy": ["input", "linear_weight", "target", *LOSS_KEYWORDS],
-    "linear_cross_entropy_with_stats": ["input", "linear_weight", "target", *LOSS_KEYWORDS],
+    "linear_cross_entropy": [*LOSS_TENSORS, *LOSS_KEYWORDS, "options"],
+    "linear_cross_entropy_with_stats": [*LOSS_TENSORS, *LOSS_KEYWORDS, "options"],
     "apply_patch": [
         "model", "impl", "memory_budget_mib", "label_smoothing", "z_loss", "stats", "strict",
     ],
@@ -71,4 +72,17 @@ def test_the_drop_in_has_the_order_and_names_of_torch() -> None:
     ours = list(inspect.signature(hf_fused_head.linear_cross_entropy).parameters)
     theirs = list(inspect.signature(torch_version).parameters)
     assert ours[:3] == theirs[:3]
-    assert set(theirs) - set(ours) <= {"options"}
+    assert set(theirs) <= set(ours)
+
+
+def test_a_call_of_torchs_function_with_its_defaults_spelled_out() -> None:
+    import torch
+
+    torch_version = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if torch_version is None:
+        pytest.skip("torch.nn.functional.linear_cross_entropy exists from torch 2.13 on")
+    parameters = list(inspect.signature(torch_version).parameters.values())[3:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    hidden, weight, target = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 4, -100, 2])
+    ours = hf_fused_head.linear_cross_entropy(hidden, weight, target, **defaults)
+    torch.testing.assert_close(ours, torch_version(hidden, weight, target, **defaults))
