@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
 from hf_fused_head import cli, doctor
 from hf_fused_head.benchmark import contenders, suite
+from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
 
 SMOKE_LOGITS = 192 * 1031
 
@@ -140,7 +143,22 @@ def test_plan_of_one_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert content["stock_logits_bytes"] == 8192 * 128256 * 2 // 4
     assert "one of 16 ranks: 64128 rows, 4096 tokens" in capsys.readouterr().out
     assert run("plan", "smoke", "--tokens", 4, "--sp", 5) == 2
-    assert "`sequence` must be at most 4" in capsys.readouterr().err
+    assert "`--sp` must be at most 4" in capsys.readouterr().err
+    assert run("plan", "llama3-8b", "--tokens", 4, "--tp", 300000) == 2
+    assert "`--tp` must be at most 128256, the rows of the head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(192, None), (10**11, None), (192, 1), (192, 3)])
+def test_plan_holds_stock_to_the_budget_too(
+    tokens: int, budget: int | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    extra = () if budget is None else ("--budget-mib", budget)
+    assert run("plan", "smoke", "--tokens", tokens, *extra, "--json", file) == 0
+    content = json.loads(file.read_text())
+    for option in (content["stock"], *content["schedules"]):
+        fits = option["workspace_bytes"] <= (budget or DEFAULT_MEMORY_BUDGET_MIB) * 2**20
+        assert option["fits"] == fits == ("within the budget" in option["reason"]), option
 
 
 def test_plan_reads_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +178,56 @@ def test_plan_reads_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         names = ("hidden_size", "vocab_size", "dtype", "stock_logits_bytes")
         assert tuple(content[name] for name in names) == expected
     capsys.readouterr()
+
+
+def save_config(folder: Path, name: str, **settings: Any) -> Path:
+    config = getattr(transformers, name)(**settings)
+    config.save_pretrained(folder / name)
+    return folder / name
+
+
+ENCODERS = [
+    ("BertConfig", {}, "'bert' with is_decoder=False, an encoder for masked tokens"),
+    ("BertConfig", {"architectures": ["BertForMaskedLM"]}, "'bert' with is_decoder=False"),
+    ("RobertaConfig", {}, "'roberta' with is_decoder=False"),
+    ("ModernBertConfig", {}, "'modernbert', which has none"),
+    ("DistilBertConfig", {}, "'distilbert', which has none"),
+    ("T5Config", {}, "'t5', which has none"),
+]
+DECODERS = [
+    ("BertConfig", {"is_decoder": True}),
+    ("BertConfig", {"architectures": ["BertLMHeadModel"]}),
+    ("BertGenerationConfig", {}),
+    ("ModernBertDecoderConfig", {}),
+    ("BartConfig", {}),
+    ("XLMConfig", {}),
+    ("LlamaConfig", {"architectures": ["LlamaForSequenceClassification"]}),
+    ("GPT2Config", {}),
+    ("Gemma3Config", {}),
+    ("Qwen3VLTextConfig", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), ENCODERS)
+def test_plan_refuses_a_model_without_a_causal_head(
+    name: str, settings: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_config(tmp_path, name, **settings)
+    for source in (folder, folder / "config.json"):
+        assert run("plan", source, "--tokens", 10) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "`MODEL_OR_CONFIG` must describe a causal language model" in error
+        assert message in error
+
+
+@pytest.mark.parametrize(("name", "settings"), DECODERS)
+def test_plan_takes_every_kind_of_causal_model(
+    name: str, settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_config(tmp_path, name, **settings)
+    assert run("plan", folder, "--tokens", 10) == 0
+    assert str(folder) in capsys.readouterr().out.replace("\n", "")
 
 
 def test_models_prints_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,9 +59,9 @@ def test_a_frozen_head_sends_its_weights_only() -> None:
 
 
 def test_more_ranks_than_rows_or_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="`tensor` must be at most 96"):
+    with pytest.raises(ValueError, match="`--tp` must be at most 96, the rows of the head, got 97"):
         per_rank(SHAPE, 64, Layout(tensor=97), frozen_head=False)
-    with pytest.raises(ValueError, match="`sequence` must be at most 64"):
+    with pytest.raises(ValueError, match="`--sp` must be at most 64, the tokens of a step, got 65"):
         per_rank(SHAPE, 64, Layout(sequence=65), frozen_head=False)
     with pytest.raises(ValueError, match="`sharded` must be at least 1"):
         Layout(sharded=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -13,7 +15,7 @@ from hf_fused_head.benchmark.columns import mebibytes
 from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import WORKLOADS
 from hf_fused_head.options import FLOAT_DTYPES, Choice, resolve_impl
-from hf_fused_head.schedule import plan, schedules
+from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB, plan, schedules
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run the head; `schedule` is "stock" for the head that stores its logits."""
+    """One way to run the head; `schedule` is "stock" for the head that stores its logits.
+
+    `fits` says whether the workspace is within the memory budget.
+    """
 
     schedule: str
     chosen: bool
@@ -84,7 +89,7 @@ def read_shape(source: str, dtype: torch.dtype | None = None) -> HeadShape:
         dtype: Of the weights; None for what the source states, bfloat16 where it states nothing.
 
     Raises:
-        ValueError: If there is no such source or it describes no head.
+        ValueError: If there is no such source or it describes no causal head.
     """
     if source in WORKLOADS:
         workload = WORKLOADS[source]
@@ -93,8 +98,10 @@ def read_shape(source: str, dtype: torch.dtype | None = None) -> HeadShape:
     path = Path(source)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
-        sizes = _plain_sizes(file)
+        config = _read(file)
+        sizes = _plain_sizes(file, config)
         if sizes is not None:
+            _check_causal_head(source, config)
             return HeadShape(source, *sizes[:2], dtype or sizes[2] or torch.bfloat16)
     elif path.is_dir() or file.suffix == ".json" or source.startswith((".", "/", "~")):
         raise ValueError(f"there is no file {file}")
@@ -105,14 +112,18 @@ def read_shape(source: str, dtype: torch.dtype | None = None) -> HeadShape:
     return HeadShape(source, hidden_size, vocab_size, dtype or stated or torch.bfloat16)
 
 
-def _plain_sizes(file: Path) -> tuple[int, int, torch.dtype | None] | None:
-    """Sizes that the file states at its top level; None if it does not."""
+def _read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a model config: it holds no object")
+    return config
+
+
+def _plain_sizes(file: Path, config: dict[str, Any]) -> tuple[int, int, torch.dtype | None] | None:
+    """Sizes that the file states at its top level; None if it does not."""
     hidden_size, vocab_size = config.get("hidden_size"), config.get("vocab_size")
     if not isinstance(hidden_size, int) or not isinstance(vocab_size, int):
         return None
@@ -120,6 +131,14 @@ def _plain_sizes(file: Path) -> tuple[int, int, torch.dtype | None] | None:
         raise ValueError(f"{file} must state positive sizes, got {hidden_size} and {vocab_size}")
     stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return hidden_size, vocab_size, stated if stated in FLOAT_DTYPES else None
+
+
+def _check_causal_head(source: str, config: dict[str, Any]) -> None:
+    """Refuses an encoder, where transformers is there to know the model's type."""
+    if "model_type" in config and importlib.util.find_spec("transformers") is not None:
+        from hf_fused_head.patches.head_shape import check_causal_head
+
+        check_causal_head(source, config)
 
 
 def stock_logits_bytes(shape: HeadShape, num_tokens: int) -> int:
@@ -184,7 +203,7 @@ def estimate(
         )
         for candidate in candidates
     ]
-    stock = _stock(shape, num_tokens, chosen.gradient_bytes, frozen_head)
+    stock = _stock(shape, num_tokens, chosen.gradient_bytes, frozen_head, memory_budget_mib)
     return Estimate(shape, num_tokens, choice.impl, choice.reason, stock, options)
 
 
@@ -195,19 +214,29 @@ def _choice(impl: str, device_type: str, dtype: torch.dtype) -> Choice:
     return resolve_impl(impl, device_type, dtype)
 
 
-def _stock(shape: HeadShape, num_tokens: int, gradient_bytes: int, frozen_head: bool) -> Option:
+def _stock(
+    shape: HeadShape,
+    num_tokens: int,
+    gradient_bytes: int,
+    frozen_head: bool,
+    memory_budget_mib: int | None,
+) -> Option:
     # At the peak, in backward, three float32 copies are alive: the log-softmax that was saved, the
     # gradient that reaches it, and the gradient that leaves it.
+    workspace_bytes = 3 * 4 * num_tokens * shape.vocab_size
+    mib = DEFAULT_MEMORY_BUDGET_MIB if memory_budget_mib is None else memory_budget_mib
+    fits = workspace_bytes <= mib * 2**20
     return Option(
         schedule="stock",
         chosen=False,
         passes=2.0 if frozen_head else 3.0,
-        workspace_bytes=3 * 4 * num_tokens * shape.vocab_size,
+        workspace_bytes=workspace_bytes,
         gradient_bytes=gradient_bytes,
         chunk_tokens=num_tokens,
         vocab_window=shape.vocab_size,
-        fits=True,
-        reason="stores the logits; log-softmax and two gradients in float32 at the peak",
+        fits=fits,
+        reason="stores the logits; log-softmax and two gradients in float32 at the peak; "
+        f"{'within' if fits else 'more than'} the budget of {mib:,.1f} MiB",
     )
 
 

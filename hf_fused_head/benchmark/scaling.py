@@ -48,7 +48,9 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tensor", "sharded", "sequence"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"`{name}` must be at least 1, got {getattr(self, name)}: 1 means no sharing"
+                )
 
     @property
     def ranks(self) -> int:
@@ -88,12 +90,15 @@ def per_rank(shape: HeadShape, num_tokens: int, layout: Layout, frozen_head: boo
     Raises:
         ValueError: If there are fewer rows or tokens than ranks to share them out to.
     """
-    for count, size, name in (
-        (shape.vocab_size, layout.tensor, "tensor"),
-        (num_tokens, layout.sequence, "sequence"),
+    for count, size, option, what in (
+        (shape.vocab_size, layout.tensor, "--tp", "rows of the head"),
+        (num_tokens, layout.sequence, "--sp", "tokens of a step"),
     ):
         if count < size:
-            raise ValueError(f"`{name}` must be at most {count}, what there is to cut, got {size}")
+            raise ValueError(
+                f"`{option}` must be at most {count}, the {what}, got {size}: share them among "
+                "fewer ranks"
+            )
     tokens = -(-num_tokens // layout.sequence)
     rows = -(-shape.vocab_size // layout.tensor)
     weight = rows * shape.hidden_size * shape.dtype.itemsize
