@@ -25,6 +25,7 @@ from hf_fused_head.options import Impl, LossOptions
 from . import neighbours, swap
 from .eligibility import (
     forget_refusal,
+    option_obstacle,
     refusal_of,
     refuse_mildly,
     static_obstacle,
@@ -61,7 +62,9 @@ def apply_patch(
 
     Args:
         model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference". A head that is not taken apart (DoRA,
+            quantised, a module of your own) runs its own forward, on chunks of tokens for "auto"
+            and "torch", on all tokens at once for "reference"; "triton" is refused.
         memory_budget_mib: Largest workspace of the loss; default 1024.
         label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
         z_loss: Factor on the squared log-sum-exp of each token that counts.
@@ -91,7 +94,7 @@ def apply_patch(
             "the default"
         )
     try:
-        target = _patchable(model)
+        target = _patchable(model, options)
     except UnsupportedModelError as error:
         if strict:
             raise
@@ -215,9 +218,9 @@ def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _patchable(model: Any) -> PreTrainedModel:
+def _patchable(model: Any, options: PatchOptions) -> PreTrainedModel:
     target = neighbours.unwrapped(model)
-    obstacle = static_obstacle(target)
+    obstacle = static_obstacle(target) or option_obstacle(target, options)
     if obstacle is not None:
         raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
     return cast(PreTrainedModel, target)

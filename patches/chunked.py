@@ -45,7 +45,8 @@ def chunked_cross_entropy(
         head_forward: `[N, hidden] -> [N, vocab]`, each row for itself.
         hidden: [..., hidden].
         target: [...], int64, as many as hidden states.
-        settings: What the loss is; its float operations are float32.
+        settings: What the loss is; its float operations are float32. The reference takes all tokens
+            at once, whatever the budget.
         in_step: All processes call the head equally often; costs one all-reduce of a number.
 
     Raises:
@@ -75,7 +76,7 @@ def chunked_cross_entropy(
         correct=scattered(3) if "accuracy" in settings.stats else None,
         num_valid=num_valid,
     )
-    return stats, chunks[0].vocab_size, chunks[0].dtype, _describe(chunks)
+    return stats, chunks[0].vocab_size, chunks[0].dtype, _describe(chunks, settings.impl)
 
 
 def _run_chunks(
@@ -100,9 +101,10 @@ def _run_chunks(
         return run(spare, labels[:1] * 0).without_effect()
 
     # The first chunk, one row, tells the size of the vocabulary and the dtype.
-    first = run(hidden[:1], targets[:1]) if rows.numel() else idle()
+    begin = rows.numel() if settings.impl == "reference" else 1
+    first = run(hidden[:begin], targets[:begin]) if rows.numel() else idle()
     size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)
-    pieces = zip(hidden[1:].split(size), targets[1:].split(size), strict=True)
+    pieces = zip(hidden[begin:].split(size), targets[begin:].split(size), strict=True)
     rest = [piece for piece in pieces if piece[1].numel()]
     idle_calls = _most_over_processes(len(rest), flat.device) - len(rest) if in_step else 0
     return [first, *(run(*piece) for piece in rest), *(idle() for _ in range(idle_calls))]
@@ -127,9 +129,10 @@ class _Chunk:
     def run(
         cls, head_forward: HeadForward, hidden: Tensor, labels: Tensor, settings: LossSettings
     ) -> _Chunk:
-        """The losses of these rows, their logits gone again."""
+        """The losses of these rows, their logits gone again but for the reference."""
         chunk = cls()
-        run = checkpoint if torch.is_grad_enabled() and labels.numel() else _call
+        kept = settings.impl == "reference" or not (torch.is_grad_enabled() and labels.numel())
+        run = _call if kept else checkpoint
         first_operation = next_operation()
         total, *rows = run(
             chunk._losses, head_forward, hidden, labels, settings, use_reentrant=False
@@ -196,9 +199,12 @@ def chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
     return max(1, int(mib * 2**20) // (vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK))
 
 
-def _describe(chunks: list[_Chunk]) -> str:
+def _describe(chunks: list[_Chunk], impl: str) -> str:
     """How these ran, for people."""
     tokens = max(1, *(chunk.rows[0].numel() for chunk in chunks))
     mib = tokens * chunks[0].vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
+    workspace = f"workspace {mib:,.1f} MiB"
+    if impl == "reference":
+        return f"{tokens} tokens at once, their logits kept for the backward, {workspace}"
     again = ", their logits made again in the backward" if torch.is_grad_enabled() else ""
-    return f"chunks of {tokens} tokens{again}, workspace {mib:,.1f} MiB"
+    return f"chunks of {tokens} tokens{again}, {workspace}"

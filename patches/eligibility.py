@@ -14,9 +14,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from . import neighbours, origin
 from .errors import UnsupportedModelError
-from .heads import innermost_head
+from .heads import MODULE, engine_obstacle, innermost_head, kind_of
 from .settings import PatchOptions
-from .swap import swapped_class
+from .swap import stock_class, swapped_class
 
 
 class Refusal(NamedTuple):
@@ -55,6 +55,13 @@ def static_obstacle(target: Any) -> str | None:
         or neighbours.instance_forward_obstacle(target, name, True)
         or head_obstacle(head)
     )
+
+
+def option_obstacle(target: Any, options: PatchOptions) -> str | None:
+    """Why a model cannot be fused as it was asked for, as far as can be told without a forward."""
+    head = innermost_head(target.get_output_embeddings())
+    is_module = kind_of(stock_class(type(head))) == MODULE
+    return engine_obstacle(head, options.impl) if is_module else None
 
 
 def head_obstacle(head: nn.Module) -> str | None:

@@ -29,6 +29,7 @@ from .errors import UnsupportedModelError
 from .logits_source import ComputeMode
 from .origin import is_own, is_same_linear
 from .settings import LossSettings
+from .swap import stock_class
 from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
 from .trial import Trials, buffer_versions, fingerprint, keeps_state, try_out, written_since
 
@@ -86,6 +87,17 @@ def _kind(cls: type, forward: Any, linear: Any) -> str:
     return MODULE
 
 
+def engine_obstacle(head: nn.Module, impl: str) -> str | None:
+    """Why the named engine cannot serve a head that is not taken apart; None when it can."""
+    if impl != "triton":
+        return None
+    return (
+        f"`impl` must be 'auto', 'torch' or 'reference' for {stock_class(type(head)).__name__}, "
+        "whose own forward computes the logits, got 'triton': its kernels need the matrix of a "
+        "plain or LoRA head"
+    )
+
+
 def innermost_head(module: nn.Module) -> nn.Module:
     """The module that makes the logits, under wrappers that only choose or gather.
 
@@ -132,7 +144,7 @@ def head_loss(
 
     Raises:
         UnsupportedModelError: If the weight is spread over ranks in another way than by rows, the
-            head mixes tokens, or a forward changes it.
+            head mixes tokens, a forward changes it, or the named engine cannot take it.
     """
     operands = _operands(kind, head, hidden)
     if operands is None:
@@ -175,6 +187,9 @@ def _loss_in_chunks(
     settings: LossSettings,
     trials: Trials,
 ) -> HeadLoss:
+    obstacle = engine_obstacle(head, settings.impl)
+    if obstacle is not None:
+        raise UnsupportedModelError(f"{obstacle}, or leave this model stock (remove_patch)")
     kind = fingerprint(head)
     if kind not in trials and hidden.numel():
         trials[kind] = try_out(head, forward, hidden)

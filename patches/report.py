@@ -16,7 +16,7 @@ from . import neighbours
 from .adapter import state_of
 from .eligibility import refusal_of, static_obstacle
 from .errors import UnsupportedModelError
-from .heads import MODULE, innermost_head, kind_of
+from .heads import MODULE, engine_obstacle, innermost_head, kind_of
 from .registry import facts_of, family_of
 from .state import LastForward, PatchState
 from .swap import stock_class, swapped_class
@@ -186,13 +186,22 @@ def _kernel(state: PatchState, weight: Any, head: nn.Module) -> str:
     last = state.last
     kind = kind_of(stock_class(type(head))) if last is None else last.kind
     if kind == MODULE or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return f"the forward of {_stock_name(head)} itself, in chunks of tokens"
+        return _own_forward(head, state.options.impl)
     choice = None if last is None or last.impl != state.options.impl else last.engine
     try:
         choice = choice or resolve_impl(state.options.impl, weight.device, weight.dtype)
     except NotImplementedError as error:
         return f"none here, {error}"
     return f"{choice.impl}: {choice.reason}"
+
+
+def _own_forward(head: nn.Module, impl: str) -> str:
+    """The engine of a head that is not taken apart."""
+    obstacle = engine_obstacle(head, impl)
+    if obstacle is not None:
+        return f"none here, {obstacle}"
+    how = "on all tokens at once" if impl == "reference" else "in chunks of tokens"
+    return f"the forward of {_stock_name(head)} itself, {how}"
 
 
 def _schedule(state: PatchState) -> str:

@@ -14,8 +14,9 @@ from peft_cases import CASES, lora, wrapped
 from tiny_models import batch, build
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
+from trains_like import assert_trains_like
 
-from hf_fused_head import apply_patch, patch_report
+from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
 
 # One token a chunk at the small one, all tokens in one chunk at the default.
 BUDGETS_MIB = [None, 0.01]
@@ -231,3 +232,36 @@ def test_a_head_in_chunks_is_no_single_graph() -> None:
     fused = apply_patch(tiny("module", num_hidden_layers=1))
     with pytest.raises(Unsupported, match=r"not taken apart.*without fullgraph"):
         torch.compile(fused, fullgraph=True)(**tokens(fused))
+
+
+@pytest.mark.parametrize("name", ["module", "dora"])
+def test_the_reference_runs_the_head_once_on_all_tokens(name: str) -> None:
+    stock = tiny(name)
+    fused, inputs, seen = apply_patch(copy.deepcopy(stock), impl="reference"), tokens(stock), []
+    assert_trains_like(fused, stock, inputs)
+    report = patch_report(fused)
+    assert report.kernel.endswith("on all tokens at once") and "at once" in report.schedule
+    part = next(module for module in head_of(fused).modules() if not list(module.children()))
+    part.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    fused(**inputs).loss.backward()
+    assert seen == [int((inputs["labels"][:, 1:] != -100).sum())]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_module_is_no_head_for_the_kernels(strict: bool) -> None:
+    """Known when the model is patched."""
+    model = tiny("module")
+    reason = r"`impl` must be 'auto', 'torch' or 'reference' for Sequential.*got 'triton'"
+    with (
+        pytest.raises(UnsupportedModelError, match=reason) if strict else pytest.warns(match=reason)
+    ):
+        apply_patch(model, impl="triton", strict=strict)
+    report = patch_report(model)
+    assert not report.fused and (strict or "got 'triton'" in report.reason)
+
+
+def test_an_adapter_that_is_no_head_for_the_kernels_is_refused_by_the_first_forward() -> None:
+    model = apply_patch(tiny("dora"), impl="triton")
+    with pytest.raises(UnsupportedModelError, match=r"`impl` must be 'auto'.*Linear.*got 'triton'"):
+        model(**tokens(model))
+    assert not patch_report(model).fused
