@@ -53,8 +53,12 @@ def forward_backward(
     budget_bytes: int,
     want_entropy: bool,
     want_correct: bool,
+    smoothing: float = 0.0,
 ) -> tuple[RowStats, list[Tensor]]:
-    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
+    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
+
+    Nothing is rounded before all terms are together, whatever the share of `smoothing`.
+    """
     schedule = _plan(operands, labels, needs, want_entropy, False, budget_bytes)
     grads = Gradients(operands, needs, schedule, keep_half=True)
     if schedule.name == "gradient_in_forward":

@@ -323,6 +323,7 @@ class _Call(NamedTuple):
             *needs,
             want_entropy,
             want_correct,
+            float(self.options.label_smoothing),
         )
         loss = self._reduce(rows, ce_weight, ce_items, z_items)
         finished = [grad for grad, need in zip(grads, needed, strict=False) if need]

@@ -14,9 +14,9 @@ Three schedules spend memory differently (`schedule.plan` chooses):
     recompute            statistics first, then windows of the vocabulary made again: 4 products
     hybrid               keeps E for the first share of the vocabulary and makes the rest again
 
-What is no row factor (entropy's gradient, smoothing under a softcap) and what has too little range
-for exponents (float16) takes the windows, where the statistics are known and the kernel writes
-the gradient of the logits itself.
+What is no row factor (entropy's gradient, smoothing under a softcap), what smoothing may cancel and
+what has too little range for exponents (float16) takes the windows, where the statistics are known
+and the kernel writes the gradient of the logits itself.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ from hf_fused_head.workspace import TRITON_SUMS_BYTES
 
 # Compute capabilities of the devices on which the tests of this engine have passed.
 _VERIFIED = {(9, 0)}
+# The largest share of label smoothing that is subtracted after the rounding of a stored tile.
+_LARGEST_LATE_SMOOTHING = 0.5
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -141,19 +143,21 @@ def forward_backward(
     budget_bytes: int,
     want_entropy: bool,
     want_correct: bool,
+    smoothing: float = 0.0,
     attempt: Attempt | None = None,
 ) -> tuple[RowStats, list[Tensor]] | None:
     """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
 
-    In an attempt some rows may not count, and are zero then; None if it was abandoned.
+    `smoothing` is its share of the objective, as far as the host knows. In an attempt some rows may
+    not count, and are zero then; None if it was abandoned.
     """
     call = _call(operands, labels, attempt)
     weights = RowWeights(nll_weight.contiguous(), _contiguous(smooth_weight), _contiguous(z_weight))
     grads = _empty_grads(operands, needs, widen_half=True)
     results = _named(call, grads, needs)
     smooth = smooth_weight is not None
-    # With both, or with float16's range, the gradient is no row factor times a stored tile.
-    windows = (smooth and operands.softcap is not None) or call.head.hidden.dtype == torch.float16
+    half = call.head.hidden.dtype == torch.float16
+    windows = half or (smooth and _rounded_too_early(operands, smoothing))
     schedule = _plan(call, needs, budget_bytes, windows, smooth)
     whole_rows = schedule.name == "gradient_in_forward"
     kept = round(schedule.kept_share * call.vocab_size) // passes.MULTIPLE * passes.MULTIPLE
@@ -200,6 +204,18 @@ def backward(
         gradient = row_gradient(call, *rows, g_nll.contiguous(), g_lse.contiguous(), *optional)
         passes.recomputed_gradients(call, gradient, 0, schedule.vocab_window, None, results)
     return grads
+
+
+def _rounded_too_early(operands: Operands, smoothing: float) -> bool:
+    """Whether smoothing has to be subtracted before the gradient of the logits is rounded.
+
+    Under a softcap the difference has a factor of its own for every element. Otherwise the term of
+    smoothing has rank one and could be subtracted from the products of stored exponents. But a
+    nearly uniform prediction leaves `1 - smoothing` of them, which makes their rounding as many
+    times larger. With class weights that share differs from row to row.
+    """
+    weighted = operands.class_weight is not None
+    return operands.softcap is not None or weighted or smoothing > _LARGEST_LATE_SMOOTHING
 
 
 def begin(

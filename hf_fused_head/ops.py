@@ -89,8 +89,13 @@ class _Head(NamedTuple):
         note_engine(choice)
         return importlib.import_module(_ENGINES[choice.impl])
 
-    def shard(self, *terms: Any) -> VocabShard:
-        """This rank's part of the vocabulary; ranks that mean different losses all raise."""
+    def shard(self, *terms: Any, smoothing: float = 0.0) -> VocabShard:
+        """This rank's part of the vocabulary; ranks that mean different losses all raise.
+
+        Args:
+            terms: What is wanted, which has to be the same on all ranks.
+            smoothing: One more option of the loss, where the operator has it.
+        """
         if not self.group:
             return WHOLE
         try:
@@ -109,7 +114,7 @@ class _Head(NamedTuple):
                 input=(tuple(self.labels.shape), sizes, self.inputs[0].dtype),
                 weight=shared,
                 linear_bias=self.bias is not None,
-                options=(*options, self.complete_hidden),
+                options=(*options, self.complete_hidden, smoothing),
                 wanted=terms,
             ),
             self.complete_hidden,
@@ -300,20 +305,25 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "hf_fused_head::stats_and_grads",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor nll_weight, Tensor? smooth_weight, Tensor? z_weight, {_NEEDS}, "
-    "bool entropy, bool correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "bool entropy, bool correct, float smoothing)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
-    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
+    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
+
+    `smoothing` is the share of label smoothing in them: the host knows no more of the weights.
+    """
     head, rest = _Head.split(arguments)
-    weights, needs, wanted = rest[:3], Needs(*rest[3:6]), rest[6:]
+    weights, needs, wanted, smoothing = rest[:3], Needs(*rest[3:6]), rest[6:8], rest[8]
 
     def question(engine: Any, operands: Operands, labels: Tensor, rows: Any, **attempt: Any) -> Any:
         part = _take_each(rows, weights)
-        options = (needs, head.budget_bytes, *wanted)
+        options = (needs, head.budget_bytes, *wanted, smoothing)
         return engine.forward_backward(operands, labels, *part, *options, **attempt)
 
     with head.no_autocast():
-        rows, answer = _ask(head, head.shard(*needs, *wanted), question)
+        shard = head.shard(*needs, *wanted, smoothing=smoothing)
+        rows, answer = _ask(head, shard, question)
     if answer is None:
         stats = head.stats(torch.zeros, weights[1] is not None, *wanted)
         return (*stats[:5], head.grads(torch.zeros, needs, widen=True))
@@ -325,7 +335,7 @@ def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
 @stats_and_grads.register_fake
 def _(*arguments: Any) -> tuple[Any, ...]:
     head, rest = _Head.split(arguments)
-    stats = head.stats(torch.empty, rest[1] is not None, *rest[6:])
+    stats = head.stats(torch.empty, rest[1] is not None, *rest[6:8])
     return (*stats[:5], head.grads(torch.empty, Needs(*rest[3:6]), widen=True))
 
 

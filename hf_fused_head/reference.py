@@ -63,8 +63,12 @@ def forward_backward(
     budget_bytes: int,
     want_entropy: bool,
     want_correct: bool,
+    smoothing: float = 0.0,
 ) -> tuple[RowStats, list[Tensor]]:
-    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
+    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
+
+    Nothing is rounded before all terms are together, whatever the share of `smoothing`.
+    """
     stats = forward(
         operands, labels, budget_bytes, smooth_weight is not None, want_entropy, want_correct
     )

@@ -28,7 +28,9 @@ class Case(NamedTuple):
 
 CASES = {
     "plain": Case(),
-    "everything": Case(
+    "everything": Case(bias=True, rank=5, logit_scale=1.5, smooth=True, z_loss=True),
+    "class_weight": Case(bias=True, rank=5, class_weight=True, logit_scale=1.5, z_loss=True),
+    "class_weight_smooth": Case(
         bias=True, rank=5, class_weight=True, logit_scale=1.5, smooth=True, z_loss=True
     ),
     "smooth": Case(smooth=True),

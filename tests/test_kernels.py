@@ -99,7 +99,7 @@ def test_every_option_with_stored_exponents(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["everything", "overflow"])
+@pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "overflow"])
 def test_half_precision_is_as_exact_as_torch(name, dtype, monkeypatch):
     monkeypatch.setattr(fused, "plan", SCHEDULES["hybrid"])
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
@@ -107,7 +107,7 @@ def test_half_precision_is_as_exact_as_torch(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["everything", "softcap_smooth"])
+@pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "softcap_smooth"])
 def test_any_upstream_gradient_per_token(name, dtype, monkeypatch):
     monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")

@@ -23,7 +23,7 @@ def test_the_operators_keep_their_contracts() -> None:
     stats = ops.row_stats(*head_arguments(False), True, True, True)
     calls = {
         ops.row_stats: (True, True, True),
-        ops.stats_and_grads: (row, row, row, [True], [True], True, True, True),
+        ops.stats_and_grads: (row, row, row, [True], [True], True, True, True, 0.1),
         ops.row_grads: (*stats, row, row, row, row, [True], [False], True),
     }
     for operator, extra in calls.items():

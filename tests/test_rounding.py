@@ -92,6 +92,56 @@ def capped_head(
     return {name: tensor.to(place) for name, tensor in made.items()}
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# By the share of smoothing in the gradient: by the option, or since the labels weigh little.
+NEAR_ONE = {
+    **{str(share): {"label_smoothing": share} for share in (0.1, 0.5, 0.9, 0.99, 1.0)},
+    "class weights": {"label_smoothing": 0.5, "z_loss": 1e-3},
+    "light labels": {"label_smoothing": 0.1},
+}
+
+
+def fresh_head(place: str, dtype: torch.dtype, weights: str) -> dict[str, Tensor]:
+    """Logits of a few hundredths, as of a model at the start; some labels do not count."""
+    sizes = SIZES[place]
+    target = torch.randint(sizes.vocab_size, (sizes.num_tokens,))
+    made = {
+        "hidden": 0.1 * torch.randn(sizes.num_tokens, sizes.hidden_size).to(dtype),
+        "weight": 0.02 * torch.randn(sizes.vocab_size, sizes.hidden_size).to(dtype),
+        "bias": 0.02 * torch.randn(sizes.vocab_size).to(dtype),
+    }
+    if weights == "class weights":
+        made["class_weight"] = torch.rand(sizes.vocab_size).to(dtype) + 0.5
+    elif weights == "light labels":
+        target %= 2
+        made["class_weight"] = torch.ones(sizes.vocab_size, dtype=dtype)
+        made["class_weight"][:2] = 2.0**-10
+    made["target"] = target.clone()
+    made["target"][::9] = -100
+    return {name: tensor.to(place) for name, tensor in made.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", NEAR_ONE)
+@pytest.mark.parametrize(
+    "run",
+    [
+        "reference",
+        "torch, whole rows",
+        "torch, windows",
+        "triton, one chunk",
+        "triton, hybrid",
+        "triton, per token",
+    ],
+)
+@pytest.mark.parametrize("place", PLACES)
+def test_smoothing_of_nearly_uniform_predictions(
+    place: str, run: str, options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What smoothing subtracts leaves little, which is rounded after that and not before."""
+    check(run, Problem(options=NEAR_ONE[options]), fresh_head(place, dtype, options), monkeypatch)
+
+
 @pytest.mark.parametrize("saturated", [True, False], ids=["saturated", "of_all_sizes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("run", RUNS)

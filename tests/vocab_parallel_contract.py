@@ -60,9 +60,12 @@ def ranks_that_differ_are_an_error_on_every_rank() -> None:
     tensors["weight"].requires_grad_()
     with refused(RuntimeError, "tensors that require grad"):
         loss(tensors)
-    scaled = by_shard(Problem().with_options(logit_scale=1.0 + rank), halves_of(37), "torch")
-    with refused(RuntimeError, "options of the loss must be the same on every rank"):
-        scaled(Problem().tensors(torch.float32))
+    for option in ({"logit_scale": 1.0 + rank}, {"label_smoothing": 0.1 + 0.8 * rank}):
+        tensors = Problem().tensors(torch.float32)
+        tensors["weight"].requires_grad_()
+        loss = by_shard(Problem().with_options(**option), halves_of(37), "torch")
+        with refused(RuntimeError, "options of the loss must be the same on every rank"):
+            loss(tensors)
 
 
 @case

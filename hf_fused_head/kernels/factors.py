@@ -72,7 +72,7 @@ def row_gradient(
 
 
 def gamma_of(call: Call, smooth_weight: Tensor | None) -> Tensor | None:
-    """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
+    """What smoothing subtracts from every column of the stored exponents' gradient."""
     if smooth_weight is None:
         return None
     gamma = smooth_weight * (call.head.logit_scale / call.vocab_total)

@@ -10,9 +10,10 @@ from hf_fused_head.kernels.operands import Head, Rounding, Totals
 from hf_fused_head.kernels.rows import launch_scale_rows
 from hf_fused_head.kernels.tuning import TileConfig
 
-# Rows appended to a stored tile for label smoothing, whose gradient has rank one. Three are used;
+# Rows appended to a stored tile for label smoothing, whose gradient has rank one. Some are used;
 # eight keep the product's depth aligned.
 EXTRA_ROWS = 8
+_SPREAD_ROWS = 3
 # cuBLAS fills the card by splitting the sum of a small result, and then rounds the parts to the
 # result's dtype: below this many elements the parts are kept in float32.
 _SPLIT_BELOW = 2**22
@@ -101,15 +102,15 @@ def stored_gradients(
 ) -> None:
     """Gradients from stored exponents E: `dX = factor * (E W)`, `dW = E^T (factor * X)`.
 
-    Label smoothing subtracts `gamma w^T` from `factor * E`, which has rank one: dX loses gamma
-    times a fixed row, and dW gets it as extra rows of the product, E's holding w and X's minus
-    the sum of gamma X, in digits that are exact together.
+    Label smoothing subtracts gamma from every column of `factor * E`, a term of rank one: dX loses
+    gamma times the sum of all rows of W, and dW gets it as extra rows of the product, E's holding
+    ones and X's minus the sum of gamma X, in digits that are exact together.
 
     Args:
         head: T rows and V columns of the head.
         tile: [T, V], or [T + EXTRA_ROWS, V] with `gamma`: E, whose extra rows are written here.
         factor: [T] float32.
-        gamma: [T] float32 or None.
+        gamma: [T] float32 or None; not with class weights.
         totals: [T, H_i], [V, H_i], [V]. The first is overwritten; so are the others, unless
             `accumulate`.
         scratch: Memory for factor * X, [T, H_i] of its dtype; None to allocate it.
@@ -118,7 +119,6 @@ def stored_gradients(
     """
     num_tokens = factor.shape[0]
     pairs = head.pairs()
-    class_weight = None if gamma is None else head.class_weights()
     for index, (hidden, _) in enumerate(pairs):
         dweight = totals.weight[index]
         if dweight is None:
@@ -128,7 +128,7 @@ def stored_gradients(
             scaled = hidden.new_empty((tile.shape[0], hidden.shape[1]))
         launch_scale_rows(hidden, scaled[:num_tokens], factor)
         if gamma is not None:
-            _write_smoothing(tile, scaled, num_tokens, class_weight, combine_rows(gamma, hidden))
+            _write_smoothing(tile, scaled, num_tokens, combine_rows(gamma, hidden))
         result = None if rounding is None else rounding.weight[index]
         if result is None or result.dtype == dweight.dtype:
             product(tile.t(), scaled, dweight, accumulate)
@@ -138,7 +138,7 @@ def stored_gradients(
     if totals.bias is not None:
         dbias = combine_rows(factor, tile)
         if gamma is not None:
-            dbias -= gamma.sum() * class_weight
+            dbias -= gamma.sum()
         if accumulate:
             totals.bias.add_(dbias)
         else:
@@ -146,22 +146,17 @@ def stored_gradients(
     for (_, weight), dhidden in zip(pairs, totals.hidden, strict=True):
         if dhidden is not None:
             product(tile, weight, dhidden, accumulate=False)
-            direction = None if class_weight is None else combine_rows(class_weight, weight)
+            direction = None if gamma is None else torch.sum(weight, 0, dtype=torch.float32)
             launch_scale_rows(dhidden, dhidden, factor, gamma, direction)
 
 
-def _write_smoothing(
-    tile: Tensor, scaled: Tensor, num_tokens: int, class_weight: Tensor, spread: Tensor
-) -> None:
-    """The extra rows: (w + w')^T (r + r') without its smallest term, for r = -`spread`."""
-    weight_high, weight_low = split_digits(class_weight, tile.dtype, 2)
-    spread_high, spread_low = split_digits(-spread, tile.dtype, 2)
+def _write_smoothing(tile: Tensor, scaled: Tensor, num_tokens: int, spread: Tensor) -> None:
+    """The extra rows: ones, and the digits of -`spread`."""
+    digits = split_digits(-spread, tile.dtype, _SPREAD_ROWS)
     tile[num_tokens:] = 0
     scaled[num_tokens:] = 0
-    rows = ((weight_high, spread_high), (weight_high, spread_low), (weight_low, spread_high))
-    for row, (weight, values) in enumerate(rows, start=num_tokens):
-        tile[row] = weight
-        scaled[row] = values
+    tile[num_tokens : num_tokens + _SPREAD_ROWS] = 1
+    scaled[num_tokens : num_tokens + _SPREAD_ROWS] = torch.stack(digits)
 
 
 def window_gradients(head: Head, tile: Tensor, totals: Totals, accumulate: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hf_fused_head.kernels.tuning import TileConfig
@@ -47,12 +46,6 @@ class Head(NamedTuple):
         if self.low is None or self.low_weight is None:
             return [first]
         return [first, (self.low, self.low_weight)]
-
-    def class_weights(self) -> Tensor:
-        """The class weights, or ones: [V] float32."""
-        if self.class_weight is None:
-            return torch.ones(self.weight.shape[0], device=self.weight.device)
-        return self.class_weight.float()
 
 
 class Attempt(NamedTuple):

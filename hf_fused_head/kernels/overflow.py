@@ -210,8 +210,6 @@ def _overflow_kernel(
         peak,
         label_logit,
         label_slope_ptr,
-        class_total_ptr,
-        vocab_size,
         logit_scale,
         nll_weight_ptr,
         smooth_weight_ptr,

@@ -34,8 +34,6 @@ def finish_rows(
     anchor,
     label_logit,
     label_slope_ptr,
-    class_total_ptr,
-    vocab_size,
     logit_scale,
     nll_weight_ptr,
     smooth_weight_ptr,
@@ -82,8 +80,8 @@ def finish_rows(
         beta = tl.load(nll_weight_ptr + offs_t, mask=mask_t, other=0.0)
         alpha = beta
         if smooth_weight_ptr is not None:
-            smooth_weight = tl.load(smooth_weight_ptr + offs_t, mask=mask_t, other=0.0)
-            alpha += smooth_weight * (tl.load(class_total_ptr) / vocab_size)
+            # No class weights: with those, smoothing takes windows.
+            alpha += tl.load(smooth_weight_ptr + offs_t, mask=mask_t, other=0.0)
         if z_weight_ptr is not None:
             alpha += 2.0 * tl.load(z_weight_ptr + offs_t, mask=mask_t, other=0.0) * lse
         # A row whose softmax terms cancel exactly would divide its label entry by zero.
@@ -171,8 +169,6 @@ def _finish_kernel(
         shift,
         anchor,
         label_slope_ptr,
-        class_total_ptr,
-        vocab_size,
         logit_scale,
         nll_weight_ptr,
         smooth_weight_ptr,
