@@ -80,6 +80,15 @@ def _is_forward(tensor: Tensor) -> bool:
     )
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.vmap` runs over a dimension of `tensor`."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
 def is_batch_of_gradients(value: Any) -> bool:
     """Whether this is a batch of `torch.autograd.grad`, which has a `vmap` of its own."""
     return isinstance(value, Tensor) and _functorch.is_legacy_batchedtensor(value)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_fused_head.functional import LossStats
 from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head.transforms import in_transform
 
 from .errors import UnsupportedModelError
 from .gradient_sums import Term, next_operation, sum_in_float32
@@ -131,8 +132,9 @@ class _Chunk:
     ) -> _Chunk:
         """The losses of these rows, their logits gone again but for the reference."""
         chunk = cls()
-        kept = settings.impl == "reference" or not (torch.is_grad_enabled() and labels.numel())
-        run = _call if kept else checkpoint
+        # Function transforms allow no hooks on saved tensors, which checkpointing needs.
+        again = settings.impl != "reference" and torch.is_grad_enabled() and not in_transform()
+        run = checkpoint if again and labels.numel() else _call
         first_operation = next_operation()
         total, *rows = run(
             chunk._losses, head_forward, hidden, labels, settings, use_reentrant=False

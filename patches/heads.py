@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hf_fused_head.functional import LossStats, operand_cross_entropy
 from hf_fused_head.options import Choice
 from hf_fused_head.run_record import recording
+from hf_fused_head.transforms import is_batched
 
 from . import neighbours
 from .chunked import HeadForward, chunked_cross_entropy
@@ -190,6 +191,12 @@ def _loss_in_chunks(
     obstacle = engine_obstacle(head, settings.impl)
     if obstacle is not None:
         raise UnsupportedModelError(f"{obstacle}, or leave this model stock (remove_patch)")
+    if any(map(is_batched, (hidden, target, *head.parameters()))):
+        raise NotImplementedError(
+            f"the loss of a {stock_class(type(head)).__name__} head, whose own forward runs on "
+            "chunks of tokens, must not run under torch.vmap: call the model for each part of the "
+            "batch, or without the patch (remove_patch)"
+        )
     kind = fingerprint(head)
     if kind not in trials and hidden.numel():
         trials[kind] = try_out(head, forward, hidden)

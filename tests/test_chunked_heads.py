@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from allocation_spy import AllocationSpy
-from oracle import assert_norm_as_torch
+from causal_loss import in_float64
+from oracle import assert_close_as_torch, assert_norm_as_torch
 from peft_cases import CASES, lora, wrapped
 from tiny_models import batch, build
 from torch import Tensor, nn
@@ -265,3 +266,49 @@ def test_an_adapter_that_is_no_head_for_the_kernels_is_refused_by_the_first_forw
     with pytest.raises(UnsupportedModelError, match=r"`impl` must be 'auto'.*Linear.*got 'triton'"):
         model(**tokens(model))
     assert not patch_report(model).fused
+
+
+def head_weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if "lm_head" in name}
+
+
+def loss_of_weights(model: Any, inputs: dict[str, Any]) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda weights: torch.func.functional_call(model, weights, (), inputs).loss
+
+
+def tangent(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Of the loss, with the head's weights as their own tangents."""
+    weights = head_weights(model)
+    return [torch.func.jvp(loss_of_weights(model, inputs), (weights,), (weights,))[1]]
+
+
+def functional_gradients(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    gradients = torch.func.grad(loss_of_weights(model, inputs))(head_weights(model))
+    return list(gradients.values())
+
+
+def second_derivatives(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    weights = [p for p in head_of(model).parameters() if p.requires_grad]
+    grads = torch.autograd.grad(model(**inputs).loss, weights, create_graph=True)
+    return list(torch.autograd.grad(sum(grad.square().sum() for grad in grads), weights))
+
+
+@pytest.mark.parametrize("derivatives", [tangent, functional_gradients, second_derivatives])
+@pytest.mark.parametrize("name", ["module", "dora"])
+def test_other_derivatives_are_those_of_stock(name: str, derivatives: Callable) -> None:
+    stock = tiny(name, num_hidden_layers=1)
+    inputs = {key: value[:, :20] for key, value in tokens(stock).items()}
+    fused = apply_patch(copy.deepcopy(stock), memory_budget_mib=0.01)
+    results = [derivatives(model, inputs) for model in (fused, stock, in_float64(stock))]
+    for ours, expected, truth in zip(*results, strict=True):
+        assert_close_as_torch(name, ours, expected, truth)
+    assert patch_report(fused).fused
+
+
+def test_a_batch_of_models_is_refused_by_name() -> None:
+    model = apply_patch(tiny("module", num_hidden_layers=1))
+    inputs = tokens(model)
+    weights = {name: torch.stack([p, p]) for name, p in head_weights(model).items()}
+    with pytest.raises(NotImplementedError, match=r"Sequential head.*torch\.vmap.*each part"):
+        torch.vmap(loss_of_weights(model, inputs))(weights)
+    assert model(**inputs).loss.requires_grad and patch_report(model).fused

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": BASE | {"transforms"},
     "functional": BASE | {"ops", "autograd", "arguments", "transforms"},
     "nn": BASE | {"functional"},
-    "patches": BASE | {"functional", "nn", "patches"},
+    "patches": BASE | {"functional", "nn", "patches", "transforms"},
     "cut_checkpoints": {"patches"},
     "trainer": BASE | {"functional", "nn", "patches", "cut_checkpoints"},
     "benchmark": BASE | {"functional", "nn", "patches", "benchmark", "ops"},
