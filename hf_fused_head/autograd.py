@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hf_fused_head import ops
+from hf_fused_head.engines.protocol import Needs
+from hf_fused_head.objective import RowStats, Upstream, Wanted
+from hf_fused_head.ops import HeadArguments
 from hf_fused_head.transforms import eager_only, in_transform, is_batch_of_gradients, loop
-
-# Which gradients are made: of each input, of each weight, of the bias.
-RowNeeds = tuple[list[bool], list[bool], bool]
 
 
 def refuse_second_derivative() -> NoReturn:
@@ -51,7 +51,7 @@ def may_be_differentiated() -> bool:
 
 
 def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """Every gradient times the upstream scalar, with no pass and no memory that can be spared."""
+    """Every gradient times the upstream scalar, with no pass and no memory that is not needed."""
     copied = torch.compiler.is_compiling() or may_be_differentiated()
     if copied or is_batch_of_gradients(upstream):
         return [grad * upstream for grad in grads]
@@ -194,7 +194,7 @@ class RowGradients(_OnceDifferentiable):
     @staticmethod
     def forward(
         config: tuple,
-        needs: RowNeeds,
+        needs: Needs,
         labels: Tensor,
         class_weight: Tensor | None,
         bias: Tensor | None,
@@ -202,8 +202,8 @@ class RowGradients(_OnceDifferentiable):
     ) -> tuple[Tensor, ...]:
         """`tensors` are 4 upstream gradients, 6 statistics, inputs, and as many weights."""
         upstream, stats, pairs = tensors[:4], tensors[4:10], tensors[10:]
-        head = *halves(pairs), bias, class_weight, labels, *config
-        return tuple(ops.row_grads(*head, *stats, *upstream, *needs))
+        head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
+        return tuple(ops.row_grads(head, RowStats(*stats), Upstream(*upstream), needs))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -221,15 +221,16 @@ class RowLosses(Function):
     def forward(
         ctx: Any,
         config: tuple,
-        wanted: tuple[bool, bool, bool],
-        needs: RowNeeds,
+        wanted: Wanted,
+        needs: Needs,
         labels: Tensor,
         class_weight: Tensor | None,
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, ...]:
         """`pairs` are inputs, then as many weights."""
-        stats = ops.row_stats(*halves(pairs), bias, class_weight, labels, *config, *wanted)
+        head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
+        stats: Any = tuple(ops.row_stats(head, wanted))
         ctx.config, ctx.wanted, ctx.needs = config, wanted, needs
         ctx.mark_non_differentiable(*stats[4:])
         ctx.save_for_backward(*_Rows.to_save(ctx, stats, labels, class_weight, bias, pairs))
@@ -247,12 +248,11 @@ class TransformedRowLosses(Function):
     """`RowLosses` for transforms and dual tensors."""
 
     @staticmethod
-    def forward(
-        config: tuple, wanted: tuple[bool, bool, bool], needs: RowNeeds, *operands: Any
-    ) -> tuple[Tensor, ...]:
+    def forward(config: tuple, wanted: Wanted, needs: Needs, *operands: Any) -> Any:
         """As `RowLosses.forward`."""
         labels, class_weight, bias, *pairs = operands
-        return ops.row_stats(*halves(pairs), bias, class_weight, labels, *config, *wanted)
+        head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
+        return tuple(ops.row_stats(head, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -319,16 +319,17 @@ class _Rows(NamedTuple):
         return cls(ctx.config, stats, labels, class_weight, bias, *halves(rest))
 
     def gradients(
-        self, upstream: Sequence[Tensor | None], wanted: tuple[bool, bool, bool], needs: RowNeeds
+        self, upstream: Sequence[Tensor | None], wanted: Wanted, needs: Needs
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
         """Of inputs, weights and bias; `upstream` is that of nll, lse, smooth and entropy."""
         nll, lse = (torch.zeros_like(self.stats[0]) if g is None else g for g in upstream[:2])
-        smooth, entropy = upstream[2] if wanted[0] else None, upstream[3] if wanted[1] else None
+        smooth = upstream[2] if wanted.smooth else None
+        entropy = upstream[3] if wanted.entropy else None
         make = RowGradients.apply if may_be_differentiated() else RowGradients.forward
         head = self.labels, self.class_weight, self.bias
         tensors = nll, lse, smooth, entropy, *self.stats, *self.inputs, *self.weights
         grads = make(self.config, needs, *head, *tensors)
-        flat = [*needs[0], *needs[1], needs[2]]
+        flat = [*needs.inputs, *needs.weights, needs.bias]
         kept = [grad if need else None for grad, need in zip(grads, flat, strict=True)]
         return *halves(kept[:-1]), kept[-1]
 
@@ -337,7 +338,7 @@ class _Rows(NamedTuple):
         dinputs: Sequence[Tensor | None],
         dweights: Sequence[Tensor | None],
         dbias: Tensor | None,
-        wanted: tuple[bool, bool, bool],
+        wanted: Wanted,
     ) -> list[Tensor]:
         """Of nll, lse, smooth and entropy, by the gradients of hidden states alone.
 
@@ -357,12 +358,12 @@ class _Rows(NamedTuple):
             x, dweight = (torch.cat(side, 1) for side in zip(*known, strict=True))
             inputs, weights = [*self.inputs, torch.zeros_like(x)], [*self.weights, dweight]
             head, factors = self._replace(inputs=inputs, weights=weights), [*dinputs, x]
-        needs = [factor is not None for factor in factors], [False] * len(factors), False
+        needs = Needs([factor is not None for factor in factors], [False] * len(factors), False)
 
         def tangent(index: int) -> Tensor:
             values = self.stats[index]
             upstream = [torch.ones_like(values) if i == index else None for i in range(4)]
-            grads, _, _ = head.gradients(upstream, (index == 2, index == 3, False), needs)
+            grads, _, _ = head.gradients(upstream, Wanted(index == 2, index == 3), needs)
             parts = [
                 (grad.to(values.dtype) * factor.to(values.dtype)).sum(-1)
                 for grad, factor in zip(grads, factors, strict=True)

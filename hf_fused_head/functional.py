@@ -1,4 +1,4 @@
-"""The public functions: validation, autocast, denominators and reduction around an engine."""
+"""The public functions: validation and autocast around an objective and an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_fused_head import ops
-from hf_fused_head.arguments import check_arguments
 from hf_fused_head.autograd import (
     FinishedLoss,
     RowLosses,
@@ -17,19 +16,21 @@ from hf_fused_head.autograd import (
     TransformedRowLosses,
 )
 from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
+from hf_fused_head.engines.protocol import Needs
+from hf_fused_head.objective import Objective, RowStats, Wanted
+from hf_fused_head.ops import HeadArguments
 from hf_fused_head.options import (
     STAT_NAMES,
-    Choice,
     Impl,
     LossOptions,
     Reduction,
     accumulation_dtype,
     item_count,
     plain_number,
-    resolve_impl,
 )
-from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head.planning.problem import budget_bytes
 from hf_fused_head.transforms import eager_in_transforms, in_transform, is_differentiated
+from hf_fused_head.validation import check_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -226,37 +227,70 @@ def operand_cross_entropy(
     weights = [matrix for _, matrix in pairs]
     dtype = accumulation_dtype(inputs[0].dtype)
     class_weight = None if weight is None else weight.detach().to(dtype)
-    call = _Call(
-        inputs,
-        weights,
-        bias,
-        class_weight,
-        target,
-        options,
+    objective = Objective.of(options, target.reshape(-1), class_weight, num_items, dtype)
+    wanted = Wanted(objective.smoothed, "entropy" in stats, "accuracy" in stats)
+    config = (
+        options.ignore_index,
+        float(options.logit_scale),
+        None if options.softcap is None else float(options.softcap),
+        float(options.label_smoothing),
         impl,
-        memory_budget_mib,
+        budget_bytes(memory_budget_mib),
         group,
         complete_hidden,
     )
-    valid = target.reshape(-1) != options.ignore_index
-    num_valid = valid.sum()
-    ce_weight = _target_weight(class_weight, target.reshape(-1), valid, dtype)
-    ce_items, z_items = _denominators(options, num_items, num_valid, class_weight, ce_weight)
-    loss, rows = call.run(ce_weight, ce_items, z_items, "entropy" in stats, "accuracy" in stats)
-    nll, lse, _, entropy, correct = (value.detach() for value in rows[:5])
+    head = HeadArguments(inputs, weights, bias, class_weight, target, *config)
+    loss, rows = _loss_and_rows(head, config, objective, wanted)
+    if options.reduction == "none":
+        loss = loss.reshape(target.shape)
+    nll, lse, entropy, correct = (
+        rows.nll.detach(),
+        rows.lse.detach(),
+        rows.entropy.detach(),
+        rows.correct.detach(),
+    )
     return LossStats(
         loss=loss,
         nll=nll.reshape(target.shape),
         lse=lse.reshape(target.shape),
-        entropy=entropy.reshape(target.shape) if "entropy" in stats else None,
-        correct=correct.reshape(target.shape) if "accuracy" in stats else None,
-        num_valid=num_valid,
+        entropy=entropy.reshape(target.shape) if wanted.entropy else None,
+        correct=correct.reshape(target.shape) if wanted.correct else None,
+        num_valid=objective.num_valid,
     )
 
 
-def explain(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """What `impl` means for such tensors, and why."""
-    return resolve_impl(impl, device, dtype)
+def _loss_and_rows(
+    head: HeadArguments, config: tuple[Any, ...], objective: Objective, wanted: Wanted
+) -> tuple[Tensor, RowStats]:
+    """The loss, connected to what is differentiated, and the statistics of its rows."""
+    transformed = in_transform()
+    parameters = [*head.inputs, *head.weights, *([] if head.bias is None else [head.bias])]
+    needed = tuple(is_differentiated(parameter) for parameter in parameters)
+    if not any(needed):
+        rows = ops.row_stats(_detached(head), wanted)
+        return objective.reduce(*rows[:3]), rows
+    pairs, bias_needed = len(head.inputs), head.bias is not None and needed[-1]
+    needs = Needs(list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed)
+    if objective.options.reduction == "none":
+        apply = TransformedRowLosses.apply if transformed else RowLosses.apply
+        operands = (head.labels, head.class_weight, head.bias, *head.inputs, *head.weights)
+        rows = RowStats(*apply(config, wanted, needs, *operands))
+        return objective.reduce(*rows[:3]), rows
+    rows, grads = ops.stats_and_grads(_detached(head), objective.row_weights(), needs, wanted)
+    loss = objective.reduce(*rows[:3])
+    finished = [grad for grad, need in zip(grads, needed, strict=False) if need]
+    apply = TransformedLoss.apply if transformed else FinishedLoss.apply
+    loss, _ = apply(loss, needed, head.group != "", *parameters, *finished)
+    return loss, rows
+
+
+def _detached(head: HeadArguments) -> HeadArguments:
+    """For an operator: its gradients are attached here, not by autograd."""
+    return head._replace(
+        inputs=[hidden.detach() for hidden in head.inputs],
+        weights=[weight.detach() for weight in head.weights],
+        bias=None if head.bias is None else head.bias.detach(),
+    )
 
 
 def _options(
@@ -275,109 +309,6 @@ def _options(
         raise
 
 
-class _Call(NamedTuple):
-    """One loss on its way to an engine: flattened, checked, in one dtype."""
-
-    inputs: list[Tensor]
-    weights: list[Tensor]
-    bias: Tensor | None
-    class_weight: Tensor | None
-    target: Tensor
-    options: LossOptions
-    impl: str
-    memory_budget_mib: float | None
-    group: str
-    complete_hidden: bool
-
-    def run(
-        self,
-        ce_weight: Tensor,
-        ce_items: int | Tensor,
-        z_items: int | Tensor,
-        want_entropy: bool,
-        want_correct: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and the rows of statistics, [N] each."""
-        transformed = in_transform()
-        parameters = [*self.inputs, *self.weights]
-        if self.bias is not None:
-            parameters.append(self.bias)
-        needed = tuple(is_differentiated(parameter) for parameter in parameters)
-        smooth = self.options.label_smoothing > 0
-        wanted = (smooth, want_entropy, want_correct)
-        if not any(needed):
-            rows = ops.row_stats(*self._detached(), *self._config(), *wanted)
-            return self._reduce(rows, ce_weight, ce_items, z_items), rows
-        pairs, bias_needed = len(self.inputs), self.bias is not None and needed[-1]
-        needs = list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed
-        if self.options.reduction == "none":
-            apply = TransformedRowLosses.apply if transformed else RowLosses.apply
-            optional = self.class_weight, self.bias
-            operands = self.target, *optional, *self.inputs, *self.weights
-            rows = apply(self._config(), wanted, needs, *operands)
-            return self._reduce(rows, ce_weight, ce_items, z_items), rows
-        *rows, grads = ops.stats_and_grads(
-            *self._detached(),
-            *self._config(),
-            *self._row_weights(ce_weight, ce_items, z_items),
-            *needs,
-            want_entropy,
-            want_correct,
-            float(self.options.label_smoothing),
-        )
-        loss = self._reduce(rows, ce_weight, ce_items, z_items)
-        finished = [grad for grad, need in zip(grads, needed, strict=False) if need]
-        apply = TransformedLoss.apply if transformed else FinishedLoss.apply
-        loss, _ = apply(loss, needed, self.group != "", *parameters, *finished)
-        return loss, tuple(rows)
-
-    def _detached(self) -> tuple:
-        """The tensors that an operator takes; gradients are ours to attach, not autograd's."""
-        inputs = [hidden.detach() for hidden in self.inputs]
-        weights = [weight.detach() for weight in self.weights]
-        bias = None if self.bias is None else self.bias.detach()
-        return inputs, weights, bias, self.class_weight, self.target
-
-    def _config(self) -> tuple:
-        """The plain values that every operator takes after the tensors."""
-        options = self.options
-        mib = self.memory_budget_mib
-        budget_bytes = int((DEFAULT_MEMORY_BUDGET_MIB if mib is None else mib) * 2**20)
-        softcap = None if options.softcap is None else float(options.softcap)
-        plain = options.ignore_index, float(options.logit_scale), softcap, self.impl, budget_bytes
-        return *plain, self.group, self.complete_hidden
-
-    def _row_weights(
-        self, ce_weight: Tensor, ce_items: int | Tensor, z_items: int | Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What nll, smooth and squared lse of each token count in the scalar loss, [N] each."""
-        eps, z_loss = self.options.label_smoothing, self.options.z_loss
-        ones = torch.ones_like(ce_weight)
-        nll_weight = (1 - eps) * ce_weight / ce_items
-        smooth_weight = eps * ones / ce_items if eps > 0 else None
-        z_weight = z_loss * ones / z_items if z_loss > 0 else None
-        return nll_weight, smooth_weight, z_weight
-
-    def _reduce(
-        self,
-        rows: Sequence[Tensor],
-        ce_weight: Tensor,
-        ce_items: int | Tensor,
-        z_items: int | Tensor,
-    ) -> Tensor:
-        nll, lse, smooth = rows[:3]
-        eps, z_loss = self.options.label_smoothing, self.options.z_loss
-        per_token = (1 - eps) * ce_weight * nll
-        if eps > 0:
-            per_token = per_token + eps * smooth
-        squared = z_loss * lse * lse
-        if self.options.reduction == "none":
-            per_token = per_token + squared if z_loss > 0 else per_token
-            return per_token.reshape(self.target.shape)
-        loss = per_token.sum() / ce_items
-        return loss + squared.sum() / z_items if z_loss > 0 else loss
-
-
 def _autocast(
     pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
@@ -393,32 +324,3 @@ def _autocast(
 
     cast_pairs = [(cast(hidden), cast(weight)) for hidden, weight in pairs]
     return cast_pairs, None if bias is None else cast(bias)
-
-
-def _target_weight(
-    class_weight: Tensor | None, labels: Tensor, valid: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The class weight of every token's target, [N]; 0 where ignored, 1 without class weights."""
-    if class_weight is None:
-        return valid.to(dtype)
-    # A label out of range must reach the operator, which names it.
-    known = labels.clamp(0, class_weight.shape[0] - 1)
-    return torch.where(valid, class_weight[known], 0.0)
-
-
-def _denominators(
-    options: LossOptions,
-    num_items: int | Tensor | None,
-    num_valid: Tensor,
-    class_weight: Tensor | None,
-    ce_weight: Tensor,
-) -> tuple[int | Tensor, int | Tensor]:
-    """What the sums of the cross-entropy and of the z-loss are divided by."""
-    if options.reduction != "mean":
-        return 1, 1
-    if isinstance(num_items, Tensor):
-        items = num_items.detach().reshape(()).to(ce_weight.device)
-        return items, items
-    if num_items is not None:
-        return num_items, num_items
-    return num_valid if class_weight is None else ce_weight.sum(), num_valid

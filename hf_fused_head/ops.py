@@ -1,19 +1,21 @@
 """The engines as opaque torch operators: schemas, fakes, and what all engines share.
 
 An engine sees only rows that count. Here the labels are checked, ignored rows are dropped before
-and put back after, and the engine is looked up by its name. Sizes that depend on data stay inside
-the operators, so `torch.compile` sees fixed shapes whatever the labels are. No operator has an
-autograd formula: a second derivative raises instead of being wrong. Under `torch.vmap` an operator
-runs once for each part of the batch.
+and put back after, the schedule is planned and the engine is looked up by its name. Sizes that
+depend on data stay inside the operators, so `torch.compile` sees fixed shapes whatever the labels
+are. No operator has an autograd formula: a second derivative raises instead of being wrong.
+Under `torch.vmap` an operator runs once for each part of the batch.
+
+    row_stats        statistics of every token
+    stats_and_grads  the same, and the gradients of a scalar objective of them
+    row_grads        the gradients for any upstream gradient of the statistics
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,77 +27,48 @@ from hf_fused_head.distributed.vocab_parallel import (
     agree,
     report_failure,
 )
-from hf_fused_head.options import (
-    Choice,
-    Needs,
-    Operands,
-    RowStats,
-    accumulation_dtype,
-    resolve_impl,
-    triton_obstacle,
-)
+from hf_fused_head.engines.protocol import Engine, Needs, Operands, Rejected, Speculation
+from hf_fused_head.engines.select import Choice, engine_named, resolve_impl, triton_obstacle
+from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.options import accumulation_dtype
+from hf_fused_head.planning.cards import card_of
+from hf_fused_head.planning.problem import Problem
+from hf_fused_head.planning.schedule import Schedule, plan
+from hf_fused_head.records import flatten, schema_of, unflatten
 from hf_fused_head.run_record import note_engine, note_schedule
 from hf_fused_head.transforms import loop, loop_over_gradients
 
-_ENGINES = {
-    "reference": "hf_fused_head.reference",
-    "torch": "hf_fused_head.bounded",
-    "triton": "hf_fused_head.fused",
-}
-
-# What every operator takes first, spelled as schema and, in the same order, as `_Head`.
-_HEAD = (
-    "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? class_weight, Tensor labels, "
-    "int ignore_index, float logit_scale, float? softcap, str impl, int budget_bytes, str group, "
-    "bool complete_hidden"
-)
-_STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct, Tensor correction"
-_NEEDS = "bool[] need_inputs, bool[] need_weights, bool need_bias"
+Result = TypeVar("Result")
 
 
-class _Head(NamedTuple):
-    """The first arguments of every operator."""
+class HeadArguments(NamedTuple):
+    """One head and its labels, as every operator takes them first."""
 
-    inputs: list[Tensor]  # [N, H_i] each
-    weights: list[Tensor]  # [V, H_i] each
-    bias: Tensor | None
-    class_weight: Tensor | None
-    labels: Tensor  # [...], N in all; the shape is for messages
+    inputs: list[Tensor]  # [T, H_i] each
+    weights: list[Tensor]  # [local V, H_i] each
+    bias: Tensor | None  # [local V]
+    class_weight: Tensor | None  # [V]
+    labels: Tensor  # [...], T in all; the shape is for messages
     ignore_index: int
     logit_scale: float
     softcap: float | None
+    label_smoothing: float  # its share of the objective: the host knows no more of the row weights
     impl: str
     budget_bytes: int
     group: str  # name of a process group; "" for a head on one rank
-    complete_hidden: bool  # that the ranks sum the gradients of `inputs`
-
-    @classmethod
-    def split(cls, arguments: tuple[Any, ...]) -> tuple[_Head, tuple[Any, ...]]:
-        """The head, and what an operator takes after it."""
-        size = len(cls._fields)
-        return cls(*arguments[:size]), arguments[size:]
+    complete_hidden: bool  # whether the ranks sum the gradients of `inputs`
 
     @property
     def num_tokens(self) -> int:
+        """Rows, ignored ones included."""
         return self.labels.numel()
 
     def choice(self) -> Choice:
-        """The engine that was asked for."""
+        """The engine that `impl` means for these tensors, and why."""
         return resolve_impl(self.impl, self.labels.device, self.inputs[0].dtype)
 
-    def engine(self) -> ModuleType:
-        """The module of the engine that was asked for."""
-        choice = self.choice()
-        note_engine(choice)
-        return importlib.import_module(_ENGINES[choice.impl])
-
-    def shard(self, *terms: Any, smoothing: float = 0.0) -> VocabShard:
-        """This rank's part of the vocabulary; ranks that mean different losses all raise.
-
-        Args:
-            terms: What is wanted, which has to be the same on all ranks.
-            smoothing: One more option of the loss, where the operator has it.
-        """
+    def shard(self, *terms: Any) -> VocabShard:
+        """This rank's shard; ranks that mean different losses all raise."""
         if not self.group:
             return WHOLE
         try:
@@ -104,7 +77,8 @@ class _Head(NamedTuple):
             report_failure(self.group, self.labels.device)
             raise
         sizes = [matrix.shape[1] for matrix in self.weights]
-        options = (self.ignore_index, self.logit_scale, self.softcap, impl, self.budget_bytes)
+        logits = (self.ignore_index, self.logit_scale, self.softcap, self.label_smoothing)
+        options = (*logits, impl, self.budget_bytes)
         shared = None if self.class_weight is None else tuple(self.class_weight.shape)
         shard = agree(
             self.group,
@@ -114,7 +88,7 @@ class _Head(NamedTuple):
                 input=(tuple(self.labels.shape), sizes, self.inputs[0].dtype),
                 weight=shared,
                 linear_bias=self.bias is not None,
-                options=(*options, self.complete_hidden, smoothing),
+                options=(*options, self.complete_hidden),
                 wanted=terms,
             ),
             self.complete_hidden,
@@ -129,38 +103,61 @@ class _Head(NamedTuple):
 
     def kept_rows(self, shard: VocabShard) -> Tensor | None:
         """The rows that count, [num_valid] int64; None when all do."""
-        vocab_size = shard.total(self.weights[0].shape[0])
-        return kept_rows(self.labels, self.ignore_index, vocab_size)
+        return kept_rows(self.labels, self.ignore_index, shard.total(self.weights[0].shape[0]))
 
     def operands(self, rows: Tensor | None, shard: VocabShard) -> Operands:
         """What an engine takes: matrices with a stride of 1, at the rows that count."""
-        inputs = _plain([_take(rows, hidden) for hidden in self.inputs])
+        inputs = _unit_stride([_take(rows, hidden) for hidden in self.inputs])
         options = (self.bias, self.class_weight, self.logit_scale, self.softcap, shard)
-        return Operands(inputs, _plain(self.weights), *options)
+        return Operands(inputs, _unit_stride(self.weights), *options)
+
+    def schedule(
+        self, operands: Operands, needs: Needs | None, wanted: Wanted, per_token: bool = False
+    ) -> Schedule:
+        """The plan for these operands: the one place where the planner is asked."""
+        sizes = [weight.shape[1] for weight in operands.weights]
+        columns = [] if needs is None else zip(sizes, needs.weights, strict=True)
+        problem = Problem(
+            num_tokens=operands.inputs[0].shape[0],
+            hidden_size=sum(sizes),
+            vocab_size=operands.shard.largest(operands.local_vocab_size),
+            dtype=operands.inputs[0].dtype,
+            impl=self.choice().impl,
+            card=card_of(self.labels.device),
+            grad_hidden=needs is not None and any(needs.inputs),
+            grad_weight=needs is not None and (any(needs.weights) or needs.bias),
+            grad_columns=sum(size for size, need in columns if need),
+            per_token=per_token,
+            smoothing=self.label_smoothing if wanted.smooth else 0.0,
+            softcap=operands.softcap is not None,
+            class_weight=operands.class_weight is not None,
+            entropy=wanted.entropy,
+            sums_hidden=operands.shard.sums_hidden,
+            budget_bytes=self.budget_bytes,
+        )
+        schedule = plan(problem.rounded())
+        note_schedule(schedule)
+        return schedule
 
     def no_autocast(self) -> torch.autocast:
         """An operator's body runs under the caller's autocast, which would round its products."""
         return torch.autocast(self.labels.device.type, enabled=False)
 
-    def stats(
-        self, make: Any, smooth: bool, entropy: bool, correct: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Statistics of all tokens by `torch.empty` or `torch.zeros`."""
+    def empty_stats(self, make: Any, wanted: Wanted) -> RowStats:
+        """Statistics of all tokens, made by `torch.empty` or `torch.zeros`."""
         dtype = accumulation_dtype(self.inputs[0].dtype)
 
-        def rows(wanted: bool, kind: torch.dtype = dtype) -> Tensor:
-            return make(self.num_tokens if wanted else 0, dtype=kind, device=self.labels.device)
+        def rows(present: bool, kind: torch.dtype = dtype) -> Tensor:
+            return make(self.num_tokens if present else 0, dtype=kind, device=self.labels.device)
 
-        nll, lse, correction = rows(True), rows(True), rows(True)
-        return nll, lse, rows(smooth), rows(entropy), rows(correct, torch.bool), correction
+        smooth, entropy = rows(wanted.smooth), rows(wanted.entropy)
+        correct = rows(wanted.correct, torch.bool)
+        return RowStats(rows(True), rows(True), smooth, entropy, correct, rows(True))
 
-    def grads(self, make: Any, needs: Needs, widen: bool) -> list[Tensor]:
-        """Gradients by `torch.empty` or `torch.zeros`; [0] where nobody needs one."""
-        parameters = [
-            *self.inputs,
-            *self.weights,
-            self.inputs[0] if self.bias is None else self.bias,
-        ]
+    def empty_grads(self, make: Any, needs: Needs, widen: bool) -> list[Tensor]:
+        """Gradients, made by `torch.empty` or `torch.zeros`; [0] where not needed."""
+        absent_bias = self.inputs[0] if self.bias is None else self.bias
+        parameters = [*self.inputs, *self.weights, absent_bias]
         wanted = [*needs.inputs, *needs.weights, needs.bias]
         grads = []
         for parameter, want in zip(parameters, wanted, strict=True):
@@ -204,174 +201,209 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
     return None if num_valid == flat.numel() else keep.nonzero()[:, 0]
 
 
-def _ask(head: _Head, shard: VocabShard, question: Callable[..., Any]) -> tuple[Tensor | None, Any]:
-    """Has the engine answer for all rows if few are ignored, else for those that count.
+class _Rows(NamedTuple):
+    """The rows that an engine is called with."""
 
-    Args:
-        head: The call.
-        shard: This rank's part of its vocabulary.
-        question: Takes the engine, its operands, labels, rows that they are of, maybe an attempt.
+    index: Tensor | None  # int64; None for all rows
+    operands: Operands
+    labels: Tensor  # int64, columns of this rank's logits
+    speculation: Speculation | None
+
+
+def _on_counted_rows(
+    head: HeadArguments, shard: VocabShard, run: Callable[[Engine, _Rows], Result]
+) -> tuple[Tensor | None, Result | None]:
+    """Calls an engine on all rows if few are ignored, else on those that count.
 
     Returns:
-        The rows that the answer is for, None for all; and the answer, None where no row counts.
+        The rows that the result is for, None for all; and the result, None where no row counts.
     """
-    engine, rows_here = head.engine(), head.weights[0].shape[0]
+    choice, local_vocab_size = head.choice(), head.weights[0].shape[0]
+    note_engine(choice)
+    engine = engine_named(choice.impl)
     flat = head.labels.reshape(-1)
-    if hasattr(engine, "begin") and head.num_tokens > 0:
-        # Waiting for a number that decides little would leave the device without work.
-        vocab_size = shard.total(rows_here)
-        attempt = engine.begin(flat, head.ignore_index, vocab_size, lambda: head.kept_rows(shard))
-        labels = shard.columns_of(attempt.labels, rows_here)
-        answer = question(engine, head.operands(None, shard), labels, None, attempt=attempt)
-        if answer is not None:
-            return None, answer
-        rows = attempt.kept_rows()
+    speculation = None
+    if head.num_tokens:
+        # To wait for a number that decides little would leave the device idle.
+        vocab_size = shard.total(local_vocab_size)
+        speculation = engine.speculate(
+            flat, head.ignore_index, vocab_size, lambda: head.kept_rows(shard)
+        )
+    if speculation is None:
+        index = head.kept_rows(shard)
     else:
-        rows = head.kept_rows(shard)
-    if _no_row(rows, head):
+        labels = shard.columns_of(speculation.labels, local_vocab_size)
+        rows = _Rows(None, head.operands(None, shard), labels, speculation)
+        try:
+            return None, run(engine, rows)
+        except Rejected:
+            index = speculation.kept_rows()
+    if _no_row(index, head):
         note_schedule(None)
-        return rows, None
-    labels = shard.columns_of(_take(rows, flat), rows_here)
-    return rows, question(engine, head.operands(rows, shard), labels, rows)
+        return index, None
+    labels = shard.columns_of(_take(index, flat), local_vocab_size)
+    return index, run(engine, _Rows(index, head.operands(index, shard), labels, None))
 
 
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:
-    """`values *= factor` in place; on the device, where a kernel of ours sees a factor of 1."""
+    """`values *= factor` in place; a kernel of ours decides on the device about a factor of 1."""
     if values.is_cuda and triton_obstacle(values.device.type, values.dtype) is None:
-        return importlib.import_module(_ENGINES["triton"]).multiply_(values, factor)
+        engine: Any = engine_named("triton")
+        return engine.multiply_(values, factor)
     return values.mul_(factor)
 
 
-def _no_row(rows: Tensor | None, head: _Head) -> bool:
-    return head.num_tokens == 0 or (rows is not None and rows.numel() == 0)
+def _no_row(index: Tensor | None, head: HeadArguments) -> bool:
+    return head.num_tokens == 0 or (index is not None and index.numel() == 0)
 
 
-def _take(rows: Tensor | None, tensor: Tensor) -> Tensor:
-    return tensor if rows is None else tensor.index_select(0, rows)
+def _take(index: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
 
 
-def _take_each(rows: Tensor | None, tensors: tuple[Any, ...]) -> list[Any]:
+def _take_each(index: Tensor | None, tensors: tuple[Tensor | None, ...]) -> list[Any]:
     """As `_take`; what is None or empty stays so."""
-    return [t if t is None or t.numel() == 0 else _take(rows, t) for t in tensors]
+    return [t if t is None or t.numel() == 0 else _take(index, t) for t in tensors]
 
 
-def _put(rows: Tensor | None, tensor: Tensor, num_tokens: int) -> Tensor:
+def _put(index: Tensor | None, tensor: Tensor, num_tokens: int) -> Tensor:
     """`tensor` back at its rows among all tokens, zero elsewhere; empty stays empty."""
-    if rows is None or tensor.numel() == 0:
+    if index is None or tensor.numel() == 0:
         return tensor
     full = tensor.new_zeros((num_tokens, *tensor.shape[1:]))
-    return full.index_copy_(0, rows, tensor)
+    return full.index_copy_(0, index, tensor)
 
 
-def _plain(tensors: list[Tensor]) -> list[Tensor]:
+def _unit_stride(tensors: list[Tensor]) -> list[Tensor]:
     """The matrices as products take them: one of the strides is 1."""
     return [t if 1 in t.stride() else t.contiguous() for t in tensors]
 
 
-def _put_inputs(rows: Tensor | None, grads: list[Tensor], head: _Head) -> list[Tensor]:
+def _put_inputs(index: Tensor | None, grads: list[Tensor], head: HeadArguments) -> list[Tensor]:
     """Gradients with those of the inputs, which come first, back among all tokens."""
     count = len(head.inputs)
-    return [*(_put(rows, grad, head.num_tokens) for grad in grads[:count]), *grads[count:]]
+    return [*(_put(index, grad, head.num_tokens) for grad in grads[:count]), *grads[count:]]
+
+
+_STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct"
 
 
 @torch.library.custom_op(
     "hf_fused_head::row_stats",
     mutates_args=(),
-    schema=f"({_HEAD}, bool smooth, bool entropy, bool correct)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({schema_of(head=HeadArguments, wanted=Wanted)}) -> ({_STATS}, Tensor correction)",
 )
-def row_stats(*arguments: Any) -> tuple[Tensor, ...]:
-    """Statistics per token, zero where ignored: [N] each, [0] where not asked for."""
-    head, wanted = _Head.split(arguments)
+def _row_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    head, wanted = unflatten(arguments, HeadArguments, Wanted)
 
-    def question(engine: Any, operands: Operands, labels: Tensor, _: Any, **attempt: Any) -> Any:
-        return engine.forward(operands, labels, head.budget_bytes, *wanted, **attempt)
+    def run(engine: Engine, rows: _Rows) -> RowStats:
+        schedule = head.schedule(rows.operands, None, wanted)
+        return engine.row_stats(rows.operands, rows.labels, wanted, schedule, rows.speculation)
 
     with head.no_autocast():
-        rows, stats = _ask(head, head.shard(*wanted), question)
+        index, stats = _on_counted_rows(head, head.shard(*wanted), run)
     if stats is None:
-        return head.stats(torch.zeros, *wanted)
-    correction = torch.ones_like(stats.nll) if stats.correction is None else stats.correction
-    return tuple(_put(rows, value, head.num_tokens) for value in (*stats[:5], correction))
+        return head.empty_stats(torch.zeros, wanted)
+    if stats.correction is None:
+        stats = stats._replace(correction=torch.ones_like(stats.nll))
+    return tuple(_put(index, value, head.num_tokens) for value in stats)  # type: ignore[arg-type]
 
 
-@row_stats.register_fake
+@_row_stats.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    head, wanted = _Head.split(arguments)
-    return head.stats(torch.empty, *wanted)
+    head, wanted = unflatten(arguments, HeadArguments, Wanted)
+    return tuple(head.empty_stats(torch.empty, wanted))  # type: ignore[arg-type]
+
+
+def row_stats(head: HeadArguments, wanted: Wanted) -> RowStats:
+    """Statistics per token, zero where ignored: [T] each, [0] where not asked for."""
+    return RowStats(*_row_stats(*flatten(head, wanted)))
 
 
 @torch.library.custom_op(
     "hf_fused_head::stats_and_grads",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor nll_weight, Tensor? smooth_weight, Tensor? z_weight, {_NEEDS}, "
-    "bool entropy, bool correct, float smoothing)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({schema_of(head=HeadArguments, weights=RowWeights, needs=Needs, wanted=Wanted)})"
+    f" -> ({_STATS}, Tensor[] grads)",
 )
-def stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
-    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`.
+def _stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
+    head, weights, needs, wanted = unflatten(arguments, HeadArguments, RowWeights, Needs, Wanted)
 
-    `smoothing` is the share of label smoothing in them: the host knows no more of the weights.
-    """
-    head, rest = _Head.split(arguments)
-    weights, needs, wanted, smoothing = rest[:3], Needs(*rest[3:6]), rest[6:8], rest[8]
-
-    def question(engine: Any, operands: Operands, labels: Tensor, rows: Any, **attempt: Any) -> Any:
-        part = _take_each(rows, weights)
-        options = (needs, head.budget_bytes, *wanted, smoothing)
-        return engine.forward_backward(operands, labels, *part, *options, **attempt)
+    def run(engine: Engine, rows: _Rows) -> tuple[RowStats, list[Tensor]]:
+        schedule = head.schedule(rows.operands, needs, wanted)
+        rows_weights = RowWeights(*_take_each(rows.index, weights))
+        options = (needs, wanted, schedule, rows.speculation)
+        return engine.stats_and_grads(rows.operands, rows.labels, rows_weights, *options)
 
     with head.no_autocast():
-        shard = head.shard(*needs, *wanted, smoothing=smoothing)
-        rows, answer = _ask(head, shard, question)
-    if answer is None:
-        stats = head.stats(torch.zeros, weights[1] is not None, *wanted)
-        return (*stats[:5], head.grads(torch.zeros, needs, widen=True))
-    stats, grads = answer
-    values = (_put(rows, value, head.num_tokens) for value in stats[:5])
-    return (*values, _put_inputs(rows, grads, head))
+        index, result = _on_counted_rows(head, head.shard(*needs, *wanted), run)
+    if result is None:
+        grads = head.empty_grads(torch.zeros, needs, widen=True)
+        return (*head.empty_stats(torch.zeros, wanted)[:5], grads)
+    stats, grads = result
+    values = (_put(index, value, head.num_tokens) for value in stats[:5])
+    return (*values, _put_inputs(index, grads, head))
 
 
-@stats_and_grads.register_fake
+@_stats_and_grads.register_fake
 def _(*arguments: Any) -> tuple[Any, ...]:
-    head, rest = _Head.split(arguments)
-    stats = head.stats(torch.empty, rest[1] is not None, *rest[6:8])
-    return (*stats[:5], head.grads(torch.empty, Needs(*rest[3:6]), widen=True))
+    head, _, needs, wanted = unflatten(arguments, HeadArguments, RowWeights, Needs, Wanted)
+    grads = head.empty_grads(torch.empty, needs, widen=True)
+    return (*head.empty_stats(torch.empty, wanted)[:5], grads)
+
+
+def stats_and_grads(
+    head: HeadArguments, weights: RowWeights, needs: Needs, wanted: Wanted
+) -> tuple[RowStats, list[Tensor]]:
+    """Statistics, and the gradients of `sum_t a_t nll_t + b_t smooth_t + c_t lse_t^2`."""
+    *stats, grads = _stats_and_grads(*flatten(head, weights, needs, wanted))
+    return RowStats(*stats), grads
 
 
 @torch.library.custom_op(
     "hf_fused_head::row_grads",
     mutates_args=(),
-    schema=f"({_HEAD}, {_STATS}, Tensor g_nll, Tensor g_lse, Tensor? g_smooth, "
-    f"Tensor? g_entropy, {_NEEDS}) -> Tensor[]",
+    schema=f"({schema_of(head=HeadArguments, stats=RowStats, upstream=Upstream, needs=Needs)})"
+    " -> Tensor[]",
 )
-def row_grads(*arguments: Any) -> list[Tensor]:
-    """Gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
-    head, rest = _Head.split(arguments)
-    needs = Needs(*rest[10:])
-    shard = head.shard(*needs, rest[8] is None, rest[9] is None)
-    engine = head.engine()
-    rows = head.kept_rows(shard)
-    if _no_row(rows, head):
-        return head.grads(torch.zeros, needs, widen=False)
-    labels = shard.columns_of(_take(rows, head.labels.reshape(-1)), head.weights[0].shape[0])
-    stats = RowStats(*_take_each(rows, rest[:6]))
-    upstream = _take_each(rows, rest[6:10])
-    options = (needs, head.budget_bytes)
+def _row_grads(*arguments: Any) -> list[Tensor]:
+    head, stats, upstream, needs = unflatten(arguments, HeadArguments, RowStats, Upstream, Needs)
+    shard = head.shard(*needs, upstream.smooth is None, upstream.entropy is None)
+    engine = engine_named(head.choice().impl)
+    index = head.kept_rows(shard)
+    if _no_row(index, head):
+        return head.empty_grads(torch.zeros, needs, widen=False)
+    labels = _take(index, head.labels.reshape(-1))
+    operands = head.operands(index, shard)
+    wanted = Wanted(entropy=upstream.entropy is not None)
     with head.no_autocast():
-        grads = engine.backward(head.operands(rows, shard), labels, stats, *upstream, *options)
-    return _put_inputs(rows, grads, head)
+        grads = engine.row_grads(
+            operands,
+            shard.columns_of(labels, operands.local_vocab_size),
+            RowStats(*_take_each(index, stats)),
+            Upstream(*_take_each(index, upstream)),
+            needs,
+            head.schedule(operands, needs, wanted, per_token=True),
+        )
+    return _put_inputs(index, grads, head)
 
 
-@row_grads.register_fake
+@_row_grads.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    head, rest = _Head.split(arguments)
-    return head.grads(torch.empty, Needs(*rest[10:]), widen=False)
+    head, _, _, needs = unflatten(arguments, HeadArguments, RowStats, Upstream, Needs)
+    return head.empty_grads(torch.empty, needs, widen=False)
 
 
-for _operator in (row_stats, stats_and_grads, row_grads):
+def row_grads(
+    head: HeadArguments, stats: RowStats, upstream: Upstream, needs: Needs
+) -> list[Tensor]:
+    """Gradients of `sum_t g_nll nll + g_lse lse + g_smooth smooth + g_entropy entropy`."""
+    return _row_grads(*flatten(head, stats, upstream, needs))
+
+
+for _operator in (_row_stats, _stats_and_grads, _row_grads):
     _operator.register_vmap(functools.partial(loop, _operator))
 
 # A backward with `is_grads_batched=True` reaches only the operator that takes upstream gradients.
 _BATCHES = torch.library.Library("hf_fused_head", "FRAGMENT")
-_BATCHES.impl("row_grads", functools.partial(loop_over_gradients, row_grads), "Batched")
+_BATCHES.impl("row_grads", functools.partial(loop_over_gradients, _row_grads), "Batched")

@@ -1,16 +1,12 @@
-"""The options of the loss as frozen data, what travels to an engine, and which engine it is."""
+"""The options of the loss as frozen data that checks itself when it is made."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-
-from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -20,7 +16,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # That of torch, where `None` means it too.
 DEFAULT_IGNORE_INDEX = -100
 
-# What a loss can tell beside itself; "accuracy" is told token by token, as `correct`.
+# Statistics that a loss can return beside itself; "accuracy" comes per token, as `correct`.
 STAT_NAMES = ("accuracy", "entropy")
 
 
@@ -74,117 +70,9 @@ class LossOptions:
                 )
 
 
-class Operands(NamedTuple):
-    """The head: logits are `softcap * tanh(scale * (sum_i X_i W_i^T + bias) / softcap)`."""
-
-    inputs: list[Tensor]  # [N, H_i] each
-    weights: list[Tensor]  # [V, H_i] each, the rows of `shard`
-    bias: Tensor | None  # [V], of `shard`
-    class_weight: Tensor | None  # of the whole vocabulary, in the dtype of the statistics
-    logit_scale: float
-    softcap: float | None
-    shard: VocabShard = WHOLE
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the head that are here."""
-        return self.weights[0].shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the whole head."""
-        return self.shard.total(self.num_rows)
-
-    @property
-    def part_weight(self) -> Tensor | None:
-        """The class weights of the rows that are here."""
-        return self.shard.part(self.class_weight, self.num_rows)
-
-
-class RowStats(NamedTuple):
-    """Per row, float32 (float64 for float64 inputs); an empty tensor where not asked for."""
-
-    nll: Tensor  # [N], -log p of the target
-    lse: Tensor  # [N], log-sum-exp of the logits
-    smooth: Tensor  # [N] or [0], mean over the vocabulary of w_j * -log p_j
-    entropy: Tensor  # [N] or [0]
-    correct: Tensor  # [N] or [0], bool
-    # [N], p_j = correction * exp(z_j - lse): what rounding took from lse, for a later backward.
-    correction: Tensor | None = None
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody wants."""
-
-    inputs: list[bool]
-    weights: list[bool]
-    bias: bool
-
-    def any(self) -> bool:
-        """Whether there is any gradient to make."""
-        return self.bias or any(self.inputs) or any(self.weights)
-
-
-class Choice(NamedTuple):
-    """An engine and, for people, why it is the one."""
-
-    impl: str
-    reason: str
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, losses and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """The engine that `impl` means for tensors of this device and dtype.
-
-    Args:
-        impl: "auto", "triton", "torch" or "reference".
-        device: Where the tensors lie.
-        dtype: The dtype of the hidden states and the head.
-
-    Raises:
-        ValueError: If there is no such implementation.
-        NotImplementedError: If the named one does not support device or dtype.
-    """
-    if impl not in get_args(Impl):
-        raise ValueError(
-            f"`impl` must be one of {get_args(Impl)}, got {impl!r}: 'auto' picks a fitting one"
-        )
-    if impl in ("torch", "reference"):
-        return Choice(impl, f"impl={impl!r} was asked for and runs on any device")
-    device_type = torch.device(device).type
-    obstacle = triton_obstacle(device_type, dtype)
-    if impl == "triton":
-        if obstacle is not None:
-            raise NotImplementedError(
-                f"`impl` must support the inputs, got 'triton': {obstacle}; "
-                "use impl='torch' or impl='auto'"
-            )
-        return Choice("triton", "impl='triton' was asked for and supports these inputs")
-    if device_type != "cuda":
-        return Choice("torch", f"the tensors are on {device_type!r}, Triton kernels need CUDA")
-    if obstacle is not None:
-        return Choice("torch", f"the Triton kernels cannot be used: {obstacle}")
-    fused = importlib.import_module("hf_fused_head.fused")
-    doubt = fused.unverified_reason(device_type)
-    if doubt is not None:
-        return Choice("torch", f"impl='triton' has to be asked for by name here: {doubt}")
-    reasons = [f"the tensors are on CUDA and the Triton kernels support {dtype}"]
-    slower = fused.slower_reason(dtype)
-    return Choice("triton", "; ".join(reasons if slower is None else [*reasons, slower]))
-
-
-def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton engine cannot take such tensors; None when it can."""
-    if importlib.util.find_spec("hf_fused_head.fused") is None:
-        return "this version of hf_fused_head has no Triton engine"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    # By name, at first use: options lies below the engines and must not need triton.
-    return importlib.import_module("hf_fused_head.fused").unavailable_reason(device_type, dtype)
 
 
 def item_count(num_items: Any) -> Any:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_fused_head.options import Choice
-    from hf_fused_head.schedule import Schedule
+    from hf_fused_head.engines.select import Choice
+    from hf_fused_head.planning.schedule import Schedule
 
 
 @dataclass

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
-from hf_fused_head.cut_checkpoints import (
-    is_cut,
+from hf_fused_head.distributed.dtensor import has_dtensors
+from hf_fused_head.distributed.sharded_checkpoint import (
+    gathered_tensors,
     load_optimizer,
-    loads_whole_tensors,
+    loads_gathered_tensors,
     save_optimizer,
     saves_optimizer_itself,
-    whole_tensors,
 )
 from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
 from hf_fused_head.patches.adapter import options_of, patch_for_trainer
@@ -196,13 +196,13 @@ class FusedHeadTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock method; of a cut model all processes put the whole together, and one writes."""
-        if not self._is_cut():
+        """The stock method; sharded weights are gathered by all processes, and one writes them."""
+        if not self._is_sharded():
             super().save_model(output_dir, _internal_call)
             return
         model: Any = self.model
         folder: Any = self.args.output_dir if output_dir is None else output_dir
-        weights = whole_tensors(model.state_dict(), keep=self.args.should_save)
+        weights = gathered_tensors(model.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             self._save(folder, state_dict=weights)
         elif isinstance(model, PreTrainedModel):
@@ -214,14 +214,14 @@ class FusedHeadTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._is_cut():
+        if self._is_sharded():
             files = _optimizer_files(output_dir)
             save_optimizer(self.optimizer, self.lr_scheduler, files, keep=self.args.should_save)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._is_cut():
+        if checkpoint is not None and self._is_sharded():
             load_optimizer(self.optimizer, self.lr_scheduler, _optimizer_files(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -229,17 +229,17 @@ class FusedHeadTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        with loads_whole_tensors(model or self.model) if self._is_cut() else nullcontext():
+        with loads_gathered_tensors(model or self.model) if self._is_sharded() else nullcontext():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with loads_whole_tensors(self.model) if self._is_cut() else nullcontext():
+        with loads_gathered_tensors(self.model) if self._is_sharded() else nullcontext():
             super()._load_best_model()
 
-    def _is_cut(self) -> bool:
-        """Whether weights are cut, and no engine of accelerate looks after them."""
+    def _is_sharded(self) -> bool:
+        """Whether weights are sharded, and no engine of accelerate handles their checkpoints."""
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not engine and is_cut(self.model)
+        return not engine and has_dtensors(self.model)
 
     def _patch(self, model: nn.Module) -> nn.Module:
         """`model`, patched; its own options stay where `head_options` names none."""

@@ -1,10 +1,10 @@
-"""`apply_patch` and back: the stock forward runs, and its head returns the finished loss.
+"""`apply_patch` and back: the stock forward runs, and its head computes the loss.
 
-The model's and the head's class are swapped on the instance (swap.py). A forward with labels opens
-a call (entry.py, call.py), the head computes the loss in the place of logits (heads.py) and returns
-a stand-in that records what the model does to it (trace.py); the model's own loss function then
-returns the loss, if the record is what the family's facts say (registry.py). Without labels nothing
-of this happens.
+The model's and the head's class are swapped on the instance (class_swap.py). A forward with labels
+becomes a fused forward (model_forward.py, fused_forward.py): the head computes the loss in the
+place of logits (heads.py) and returns a proxy that records what the model does to it
+(logits_proxy.py); the model's own loss function then returns the loss, if the record is what the
+family's facts say (registry.py). Without labels nothing of this happens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from hf_fused_head.functional import STAT_NAMES, LossStats
 from hf_fused_head.options import Impl, LossOptions
 
-from . import neighbours, swap
+from . import class_swap, wrappers
+from .class_swap import STATE
 from .eligibility import (
     forget_refusal,
     option_obstacle,
@@ -31,12 +32,11 @@ from .eligibility import (
     static_obstacle,
     stock_loss_function,
 )
-from .entry import adopt_head, loss_function_of, run_model, unpatch
 from .errors import UnsupportedModelError
-from .passes import class_layer
+from .model_forward import adopt_head, loss_function_of, run_model, unpatch
+from .running import class_layer
 from .settings import PatchOptions
 from .state import PatchState
-from .swap import STATE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,7 +98,7 @@ def apply_patch(
     except UnsupportedModelError as error:
         if strict:
             raise
-        refuse_mildly(neighbours.unwrapped(model), error, options)
+        refuse_mildly(wrappers.unwrapped(model), error, options)
         return model
     state = target.__dict__.get(STATE) or PatchState(options)
     state.options = state.own_options = options
@@ -116,7 +116,7 @@ def remove_patch(model: Model) -> Model:
     Returns:
         The same object.
     """
-    for target in map(neighbours.unwrapped, neighbours.with_original(model)):
+    for target in map(wrappers.unwrapped, wrappers.with_original(model)):
         if isinstance(target, nn.Module):
             forget_refusal(target)
             unpatch(target)
@@ -139,7 +139,7 @@ def patched(
     A model that was patched before gets its former options back. Takes the arguments of
     `apply_patch` and yields the model.
     """
-    target = neighbours.unwrapped(model)
+    target = wrappers.unwrapped(model)
     state = target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
     former = None if state is None else (state.options, state.own_options)
     apply_patch(
@@ -176,7 +176,7 @@ def last_stats(model: nn.Module) -> LossStats | None:
 
 def state_of(model: nn.Module) -> PatchState | None:
     """The state of a patched model, through its wrappers; None for a stock one."""
-    target = neighbours.unwrapped(model)
+    target = wrappers.unwrapped(model)
     return target.__dict__.get(STATE) if isinstance(target, nn.Module) else None
 
 
@@ -219,7 +219,7 @@ def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def _patchable(model: Any, options: PatchOptions) -> PreTrainedModel:
-    target = neighbours.unwrapped(model)
+    target = wrappers.unwrapped(model)
     obstacle = static_obstacle(target) or option_obstacle(target, options)
     if obstacle is not None:
         raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
@@ -249,7 +249,7 @@ def fused_model_class(base: type) -> type:
         cast(Any, base).__setattr__(self, name, value)
         # Whoever puts a forward on the instance, after the patch, shadows ours.
         if name == "forward" and STATE in self.__dict__:
-            neighbours.compose(self, run_model)
+            wrappers.compose(self, run_model)
 
     namespace = {
         "forward": _layered_forward("class", base),
@@ -259,7 +259,7 @@ def fused_model_class(base: type) -> type:
     }
     defining = next((c for c in base.__mro__ if _defines_forward(c)), base)
     below = () if defining is base else (_layer_below(defining),)
-    return swap.make_subclass(base, namespace, below)
+    return class_swap.make_subclass(base, namespace, below)
 
 
 @functools.cache
@@ -278,7 +278,7 @@ def _layered_forward(name: str, base: type) -> Callable[..., Any]:
             return stock(*args, **kwargs)
         return run_model(self, state, stock, args, kwargs, class_layer(name, base.forward))
 
-    return swap.method_like(base.forward, forward)
+    return class_swap.method_like(base.forward, forward)
 
 
 def _defines_forward(cls: type) -> bool:
@@ -287,9 +287,9 @@ def _defines_forward(cls: type) -> bool:
 
 def _adopt_model(model: Any, state: PatchState) -> None:
     """Swaps the classes of the model and of its head."""
-    swap.swap(model, fused_model_class, state)
-    ours: Any = swap.swapped_class(type(model))
+    class_swap.swap(model, fused_model_class, state)
+    ours: Any = class_swap.swapped_class(type(model))
     ours._fused_loss_property = ours._fused_base.loss_function
     ours._fused_loss_getter = ours._fused_base.loss_function.fget
-    neighbours.compose(model, run_model)
+    wrappers.compose(model, run_model)
     adopt_head(model, state)

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from . import neighbours, origin
+from . import origin, wrappers
+from .class_swap import stock_class, swapped_class
 from .errors import UnsupportedModelError
 from .heads import MODULE, engine_obstacle, innermost_head, kind_of
 from .settings import PatchOptions
-from .swap import stock_class, swapped_class
 
 
 class Refusal(NamedTuple):
@@ -41,7 +41,7 @@ def static_obstacle(target: Any) -> str | None:
     forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
     if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
         return f"the forward of {name} takes no labels"
-    rival = neighbours.rival_of(target)
+    rival = wrappers.conflicting_patch(target)
     if rival is not None:
         return rival
     loss_function = stock_loss_function(target)
@@ -52,7 +52,7 @@ def static_obstacle(target: Any) -> str | None:
         )
     return (
         _replaced_loss_obstacle()
-        or neighbours.instance_forward_obstacle(target, name, True)
+        or wrappers.instance_forward_obstacle(target, name, True)
         or head_obstacle(head)
     )
 
@@ -68,7 +68,7 @@ def head_obstacle(head: nn.Module) -> str | None:
     """Why a head's forward cannot be taken over."""
     inner = innermost_head(head)
     name = f"the head ({type(inner).__name__})"
-    return neighbours.instance_forward_obstacle(inner, name, False)
+    return wrappers.instance_forward_obstacle(inner, name, False)
 
 
 def check_loss(loss_function: Any) -> None:
@@ -127,7 +127,7 @@ def forget_refusal(model: nn.Module) -> None:
 
 def refusal_of(model: nn.Module) -> Refusal | None:
     """Why this stock model was refused; None where it was not."""
-    return _refusals.get(neighbours.unwrapped(model))
+    return _refusals.get(wrappers.unwrapped(model))
 
 
 def refuse_mildly(target: nn.Module, error: UnsupportedModelError, options: PatchOptions) -> None:

@@ -19,19 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_fused_head.distributed.dtensor import is_dtensor, is_sharded
+from hf_fused_head.engines.select import Choice
 from hf_fused_head.functional import LossStats, operand_cross_entropy
-from hf_fused_head.options import Choice
 from hf_fused_head.run_record import recording
 from hf_fused_head.transforms import is_batched
 
-from . import neighbours
-from .chunked import HeadForward, chunked_cross_entropy
+from . import wrappers
+from .chunked_head import HeadForward, chunked_cross_entropy
+from .class_swap import stock_class
 from .errors import UnsupportedModelError
-from .logits_source import ComputeMode
 from .origin import is_own, is_same_linear
+from .recompute_logits import ComputeMode
 from .settings import LossSettings
-from .swap import stock_class
-from .tensor_parallel import head_rows, is_cut, is_spread, whole_hidden
+from .tensor_parallel import head_rows, whole_hidden
 from .trial import Trials, buffer_versions, fingerprint, keeps_state, try_out, written_since
 
 LINEAR = "linear"
@@ -201,7 +202,7 @@ def _loss_in_chunks(
     if kind not in trials and hidden.numel():
         trials[kind] = try_out(head, forward, hidden)
     before = buffer_versions(head)
-    in_step = neighbours.gathers_by_parts(head)
+    in_step = wrappers.gathers_by_parts(head)
     found = chunked_cross_entropy(forward, hidden, target, settings, in_step)
     # The tokens of the trial may have been too few to show it.
     changed = written_since(before, head) - trials.get(kind, frozenset())
@@ -213,7 +214,7 @@ def _loss_in_chunks(
 
 def _uncut(hidden: Any, head: nn.Module) -> Tensor:
     """Hidden states for a head whose own forward runs on a few tokens at a time."""
-    if is_cut(hidden):
+    if is_sharded(hidden):
         raise UnsupportedModelError(
             f"the hidden states of a {type(head).__name__} head that is not taken apart must be "
             f"whole on every rank, got a DTensor with {tuple(hidden.placements)}: gather them "
@@ -233,7 +234,7 @@ def _operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
 
 def _linear_operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | None:
     weight, bias = head.weight, head.bias
-    if is_spread(weight):
+    if is_dtensor(weight):
         rows = head_rows(hidden, weight, bias)
         if kind == CONV1D:
             raise UnsupportedModelError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import (
+from .families import (
     bart,
     cohere,
     falcon,
@@ -27,7 +27,7 @@ from . import (
     xlm,
     xlstm,
 )
-from .family import Family
+from .families.family import Family
 
 FAMILIES: tuple[Family, ...] = tuple(
     family

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fused_head.options import resolve_impl
+from hf_fused_head.engines.select import resolve_impl
 
-from . import neighbours
+from . import wrappers
 from .adapter import state_of
+from .class_swap import stock_class, swapped_class
 from .eligibility import refusal_of, static_obstacle
 from .errors import UnsupportedModelError
 from .heads import MODULE, engine_obstacle, innermost_head, kind_of
 from .registry import facts_of, family_of
 from .state import LastForward, PatchState
-from .swap import stock_class, swapped_class
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def patch_report(model: nn.Module) -> PatchReport:
     Returns:
         The report; `str()` of it is for people.
     """
-    target: Any = neighbours.unwrapped(model)
+    target: Any = wrappers.unwrapped(model)
     state = state_of(model)
     if state is None:
         return PatchReport(fused=False, reason=_why_stock(target))
-    if swapped_class(type(target)) is None or not neighbours.runs_ours(target):
+    if swapped_class(type(target)) is None or not wrappers.runs_ours(target):
         reason = "its forward was replaced after apply_patch: call apply_patch last"
         return PatchReport(fused=False, reason=reason)
     obstacle = static_obstacle(target)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .family import Family
+from .families.family import Family
 from .registry import FAMILIES
 
 CONFORMANCE = Path(__file__).with_name("conformance.json")

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.distributed.dtensor import is_dtensor, is_sharded
+
 from .errors import UnsupportedModelError
 
 _TRANSFORMERS = "transformers.distributed.tensor_parallel"
@@ -28,16 +30,6 @@ class HeadRows(NamedTuple):
     weight: Tensor  # [rows, hidden]
     bias: Tensor | None  # [rows]
     group: Any
-
-
-def is_spread(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, by name: without one nobody needs the import."""
-    return type(tensor).__name__ == "DTensor"
-
-
-def layout_of(tensor: Any) -> tuple[Any, ...]:
-    """Where the parts of a tensor lie: () for a plain one."""
-    return (tensor.device_mesh, tuple(tensor.placements)) if is_spread(tensor) else ()
 
 
 def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
@@ -64,7 +56,7 @@ def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
             )
     group = weight.device_mesh.get_group()
     hidden = _gathered(hidden)
-    scattered = is_spread(hidden) and _was_cut(hidden, weight.device_mesh)
+    scattered = is_dtensor(hidden) and _was_cut(hidden, weight.device_mesh)
     local = _with_partial_gradient(hidden) if scattered else whole_hidden(hidden)
     return HeadRows(
         local, not scattered, weight.to_local(), None if bias is None else bias.to_local(), group
@@ -74,16 +66,11 @@ def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
 def whole_hidden(hidden: Any) -> Tensor:
     """All hidden states, as a plain tensor; their gradient is the same on every rank."""
     hidden = _gathered(hidden)
-    return hidden.to_local() if is_spread(hidden) else hidden
-
-
-def is_cut(tensor: Any) -> bool:
-    """Whether no rank has all of a tensor."""
-    return is_spread(tensor) and not all(place.is_replicate() for place in tensor.placements)
+    return hidden.to_local() if is_dtensor(hidden) else hidden
 
 
 def _gathered(hidden: Any) -> Any:
-    if not is_cut(hidden):
+    if not is_sharded(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
 
@@ -107,7 +94,7 @@ def _was_cut(hidden: Any, mesh: Any) -> bool:
 
 def whole_logits(logits: Any) -> Tensor:
     """What the head's forward made, gathered as the hooks around it would."""
-    return logits.full_tensor() if is_spread(logits) else logits
+    return logits.full_tensor() if is_dtensor(logits) else logits
 
 
 def gathers_logits(forward: Any, head: Any) -> bool:
@@ -141,13 +128,13 @@ def check_gathered(placements: Any) -> None:
 
 
 def _is_cut_into_rows(tensor: Any) -> bool:
-    if not is_spread(tensor) or tensor.device_mesh.ndim != 1:
+    if not is_dtensor(tensor) or tensor.device_mesh.ndim != 1:
         return False
     (place,) = tensor.placements
     return type(place).__name__ == "Shard" and place.dim == 0
 
 
 def _spelled(tensor: Any) -> str:
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return "a plain tensor"
     return f"{tuple(tensor.placements)} on a mesh of shape {tuple(tensor.device_mesh.shape)}"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .chunked import HeadForward
+from .chunked_head import HeadForward
+from .class_swap import stock_class
 from .errors import UnsupportedModelError
-from .logits_source import ComputeMode, version_of
-from .swap import stock_class
+from .recompute_logits import ComputeMode, version_of
 
 # Products of float32 have no more digits where TF32 is switched on.
 _TF32_EPS = 2.0**-11

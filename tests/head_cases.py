@@ -8,9 +8,12 @@ import torch
 from oracle import assert_close_as_torch, farthest
 from torch import Tensor
 
-from hf_fused_head import reference
-from hf_fused_head.options import Needs, Operands, RowStats
-from hf_fused_head.schedule import Schedule
+from hf_fused_head.engines import reference
+from hf_fused_head.engines.protocol import Needs, Operands
+from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.ops import HeadArguments
+from hf_fused_head.planning.problem import Problem, budget_bytes
+from hf_fused_head.planning.schedule import Schedule
 
 
 class Case(NamedTuple):
@@ -68,11 +71,13 @@ def operands_of(
     return operands, labels.to(device)
 
 
-def row_weights(case: Case, num_tokens: int, device: str) -> tuple[Tensor, ...]:
+def row_weights(case: Case, num_tokens: int, device: str) -> RowWeights:
     """Weights of nll, smooth and squared lse of every row; None for what the case lacks."""
     wanted = (True, case.smooth, case.z_loss)
     vectors = [torch.rand(num_tokens) * scale for scale in (1.0, 0.5, 0.01)]
-    return tuple(v.to(device) if want else None for v, want in zip(vectors, wanted, strict=True))
+    return RowWeights(
+        *(v.to(device) if want else None for v, want in zip(vectors, wanted, strict=True))
+    )
 
 
 def all_needs(operands: Operands) -> Needs:
@@ -96,36 +101,61 @@ def in_float64(operands: Operands) -> Operands:
     )
 
 
-def check_forward_backward(engine, case: Case, operands: Operands, labels: Tensor) -> RowStats:
+def doubled(vectors: tuple) -> tuple:
+    """The same record of vectors in float64."""
+    return type(vectors)(*(None if vector is None else vector.double() for vector in vectors))
+
+
+def planned(
+    operands: Operands,
+    impl: str,
+    memory_budget_mib: float | None = None,
+    *,
+    needs: Needs | None = None,
+    wanted: Wanted | None = None,
+    per_token: bool = False,
+) -> Schedule:
+    """The schedule that the operators would follow for these operands."""
+    labels = torch.empty(operands.inputs[0].shape[0], device=operands.inputs[0].device)
+    wanted = wanted or Wanted()
+    options = (-100, operands.logit_scale, operands.softcap, 0.1 * wanted.smooth, impl)
+    head = HeadArguments(*operands[:4], labels, *options, budget_bytes(memory_budget_mib), "", True)
+    return head.schedule(operands, needs, wanted, per_token)
+
+
+def check_forward_backward(
+    engine, case: Case, operands: Operands, labels: Tensor, schedule: Schedule
+) -> RowStats:
     """Holds statistics and gradients of the scalar objective against float64."""
     weights = row_weights(case, labels.shape[0], labels.device.type)
-    rest = (all_needs(operands), 2**30, True, True)
-    stats, grads = engine.forward_backward(operands, labels, *weights, *rest)
+    rest = (all_needs(operands), Wanted(case.smooth, True, True))
+    schedule = allowed(schedule, case, operands.inputs[0].dtype)
+    stats, grads = engine.stats_and_grads(operands, labels, weights, *rest, schedule)
     plain = in_two_orders(
-        lambda head: reference.forward_backward(head, labels, *weights, *rest), operands
+        lambda head: reference.stats_and_grads(head, labels, weights, *rest), operands
     )
-    weights64 = [None if weight is None else weight.double() for weight in weights]
-    truth = reference.forward_backward(in_float64(operands), labels, *weights64, *rest)
+    truth = reference.stats_and_grads(in_float64(operands), labels, doubled(weights), *rest)
     _compare_stats(stats, [result[0] for result in plain], truth[0])
     _compare_grads(operands, grads, [result[1] for result in plain], truth[1])
     return stats
 
 
-def check_backward(engine, case: Case, operands: Operands, labels: Tensor) -> None:
+def check_backward(
+    engine, case: Case, operands: Operands, labels: Tensor, schedule: Schedule
+) -> None:
     """Holds statistics and gradients of any upstream vectors, entropy's too, against float64."""
-    upstream = [torch.randn(labels.shape[0]).to(labels.device) for _ in range(4)]
-    if not case.smooth:
-        upstream[2] = None
-    upstream64 = [None if vector is None else vector.double() for vector in upstream]
-    needs, wanted = all_needs(operands), (case.smooth, True, True)
+    vectors = [torch.randn(labels.shape[0]).to(labels.device) for _ in range(4)]
+    upstream = Upstream(*vectors)._replace(**({} if case.smooth else {"smooth": None}))
+    needs, wanted = all_needs(operands), Wanted(case.smooth, True, True)
+    windows = windows_of(schedule)
 
-    def run(module, head: Operands, vectors: list[Tensor | None]) -> tuple[RowStats, list[Tensor]]:
-        stats = module.forward(head, labels, 2**30, *wanted)
-        return stats, module.backward(head, labels, stats, *vectors, needs, 2**30)
+    def run(module, head: Operands, vectors: Upstream) -> tuple[RowStats, list[Tensor]]:
+        stats = module.row_stats(head, labels, wanted, windows)
+        return stats, module.row_grads(head, labels, stats, vectors, needs, windows)
 
     stats, grads = run(engine, operands, upstream)
     plain = in_two_orders(lambda head: run(reference, head, upstream), operands)
-    truth = run(reference, in_float64(operands), upstream64)
+    truth = run(reference, in_float64(operands), doubled(upstream))
     _compare_stats(stats, [result[0] for result in plain], truth[0])
     _compare_grads(operands, grads, [result[1] for result in plain], truth[1])
 
@@ -169,9 +199,19 @@ def fixed_schedule(
     vocab_window: int = 2**30,
     kept_share: float = 0.0,
     late_rounding: bool = False,
-):
-    """A stand-in for `plan`: this schedule, but windows where an engine asks for those."""
+) -> Schedule:
+    """A schedule that no planner made."""
     sizes = (chunk_tokens, vocab_window, 0, 0, 0, kept_share)
-    schedule = Schedule(name, *sizes, True, "fixed", late_rounding)
-    windows = Schedule("recompute", chunk_tokens, vocab_window, 0, 0, 0, 0.0, True, "fixed")
-    return lambda **sizes: windows if sizes["per_token"] else schedule
+    return Schedule(name, *sizes, True, "fixed", late_rounding)
+
+
+def windows_of(schedule: Schedule) -> Schedule:
+    """The schedule of windows with the same tile."""
+    return fixed_schedule("recompute", schedule.chunk_tokens, schedule.vocab_window)
+
+
+def allowed(schedule: Schedule, case: Case, dtype: torch.dtype) -> Schedule:
+    """The schedule, or windows where the Triton engine's planner allows nothing else."""
+    options = {"softcap": case.softcap is not None, "class_weight": case.class_weight}
+    problem = Problem(1, 1, 1, dtype, "triton", smoothing=0.1 * case.smooth, **options)
+    return windows_of(schedule) if problem.windows_only else schedule

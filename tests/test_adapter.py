@@ -40,8 +40,8 @@ from hf_fused_head import (
     patched,
     remove_patch,
 )
-from hf_fused_head.patches import call
-from hf_fused_head.patches.deferred import DeferredLogits, ReplicaLogits, UnavailableLogits
+from hf_fused_head.patches import fused_forward
+from hf_fused_head.patches.lazy_logits import LazyLogits, ReplicaLogits, UnavailableLogits
 
 Llama = transformers.LlamaForCausalLM
 
@@ -206,7 +206,7 @@ def test_keywords_that_the_stock_loss_drops_are_dropped(monkeypatch: pytest.Monk
     stock = llama_with(more_keywords)
     model = apply_patch(copy.deepcopy(stock))
     assert_trains_like(model, stock, batch(stock))
-    monkeypatch.setattr(call, "_UNKNOWN_KEYWORDS", frozenset({"label_smoothing"}))
+    monkeypatch.setattr(fused_forward, "_UNKNOWN_KEYWORDS", frozenset({"label_smoothing"}))
     with pytest.raises(UnsupportedModelError, match="must not get `label_smoothing`"):
         model(**batch(model))
 
@@ -406,7 +406,7 @@ def test_labels_of_a_wrong_shape_raise_the_stock_error_and_leave_the_patch(
     with pytest.raises(ValueError) as error:
         fused(**inputs)
     assert str(error.value) == str(expected.value)
-    assert isinstance(fused(**batch(fused)).logits, DeferredLogits)
+    assert isinstance(fused(**batch(fused)).logits, LazyLogits)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -421,7 +421,7 @@ def test_labels_may_be_positional() -> None:
     fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
     args = (inputs["input_ids"], None, None, None, None, inputs["labels"])
     output = fused(*args)
-    assert isinstance(output.logits, DeferredLogits)
+    assert isinstance(output.logits, LazyLogits)
     assert output.loss.item() == pytest.approx(stock(*args).loss.item())
 
 
@@ -531,7 +531,7 @@ def test_neighbours_compose_in_both_orders(
     if neighbour is compiled:
         assert isinstance(output.logits, UnavailableLogits)
     else:
-        assert isinstance(output.logits, DeferredLogits)
+        assert isinstance(output.logits, LazyLogits)
         assert output.logits.dtype == expected.logits.dtype
         assert torch.equal(output.logits, expected.logits)
     assert remove_patch(model) is model
@@ -545,14 +545,14 @@ def test_unwrapping_mixed_precision_leaves_the_patch() -> None:
     model = accelerator.prepare_model(apply_patch(build("llama")))
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert patch_report(plain).fused
-    assert isinstance(plain(**batch(plain)).logits, DeferredLogits)
+    assert isinstance(plain(**batch(plain)).logits, LazyLogits)
 
 
 def test_forwards_that_removed_hooks_leave_behind_are_followed() -> None:
     stock = remove_hook_from_module(hooked(build("llama")), recurse=True)
     assert "forward" in stock.__dict__ and "forward" in stock.lm_head.__dict__
     fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
-    assert isinstance(fused(**inputs).logits, DeferredLogits)
+    assert isinstance(fused(**inputs).logits, LazyLogits)
     remove_patch(fused)
     assert same_modules(fused, stock) and fused.lm_head.forward.__func__ is nn.Linear.forward
 
@@ -598,7 +598,7 @@ def test_fsdp2_gathers_the_head_for_both_passes(
     if not patch_first:
         apply_patch(model)
     output = model(**inputs)
-    assert isinstance(output.logits, DeferredLogits) and output.logits._pending._value is None
+    assert isinstance(output.logits, LazyLogits) and output.logits._pending._value is None
     if own_group:
         with pytest.raises(RuntimeError, match="sharded outside its forward"):
             output.logits.sum()

@@ -6,13 +6,16 @@ import itertools
 
 import pytest
 import torch
+from head_cases import planned
 from live_spy import LiveSpy, Poisoned
 from oracle import assert_close_as_torch, relative_error
 from torch import Tensor
 
-from hf_fused_head import bounded, reference
-from hf_fused_head.options import Needs, Operands, RowStats
-from hf_fused_head.schedule import Schedule, plan
+from hf_fused_head.engines import reference
+from hf_fused_head.engines.protocol import Needs, Operands
+from hf_fused_head.engines.torch_engine import engine as torch_engine
+from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.planning.schedule import Schedule
 
 NUM_TOKENS, HIDDEN, VOCAB = 192, 24, 2053
 ALL = Needs([True], [True], True)
@@ -65,46 +68,39 @@ def widened(operands: Operands) -> Operands:
     )
 
 
+def has_extras(operands: Operands) -> bool:
+    """Whether the objective has smoothing and z-loss, or upstream gradients of every statistic."""
+    return operands.class_weight is not None
+
+
 def scalar(engine, operands: Operands, labels: Tensor, mib: float, needs: Needs = ALL):
     kind = torch.float64 if operands.inputs[0].dtype == torch.float64 else torch.float32
     ones = torch.full(labels.shape, 1 / labels.numel(), dtype=kind)
-    smooth = None if operands.class_weight is None else 0.1 * ones
-    z = None if operands.class_weight is None else 0.01 * ones
-    return engine.forward_backward(
-        operands, labels, ones, smooth, z, needs, int(mib * 2**20), False, False
+    extras = (0.1 * ones, 0.01 * ones) if has_extras(operands) else (None, None)
+    schedule, wanted = schedule_of(operands, mib, False, needs), Wanted(has_extras(operands))
+    return engine.stats_and_grads(
+        operands, labels, RowWeights(ones, *extras), needs, wanted, schedule
     )
 
 
 def per_token(engine, operands: Operands, labels: Tensor, mib: float, needs: Needs = ALL):
     kind = torch.float64 if operands.inputs[0].dtype == torch.float64 else torch.float32
-    budget = int(mib * 2**20)
-    entropy = operands.class_weight is not None
-    stats = engine.forward(operands, labels, budget, entropy, entropy, False)
+    extras = has_extras(operands)
+    wanted = Wanted(extras, extras)
+    stats = engine.row_stats(
+        operands, labels, wanted, planned(operands, "torch", mib, wanted=wanted)
+    )
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(labels.shape, generator=generator).to(kind) for _ in range(4)]
-    extra = upstream[2:] if entropy else [None, None]
-    return stats, engine.backward(
-        operands, labels, stats, upstream[0], upstream[1], *extra, needs, budget
-    )
+    vectors = [torch.randn(labels.shape, generator=generator).to(kind) for _ in range(4)]
+    upstream = Upstream(*vectors) if extras else Upstream(*vectors[:2])
+    schedule = schedule_of(operands, mib, True, needs)
+    return stats, engine.row_grads(operands, labels, stats, upstream, needs, schedule)
 
 
-def schedule_of(operands: Operands, mib: float, is_per_token: bool) -> Schedule:
-    # A softcap needs a block beside the tile, and so do the entropies that only `per_token` asks.
-    extras = operands.softcap is not None
-    scratch = extras + (extras and is_per_token)
-    return plan(
-        num_tokens=operands.inputs[0].shape[0],
-        hidden_size=sum(w.shape[1] for w in operands.weights),
-        vocab_size=operands.weights[0].shape[0],
-        dtype=operands.weights[0].dtype,
-        impl="torch",
-        device_type="cpu",
-        grad_hidden=True,
-        grad_weight=True,
-        per_token=is_per_token,
-        memory_budget_mib=mib,
-        scratch_blocks=scratch,
-    )
+def schedule_of(operands: Operands, mib: float, is_per_token: bool, needs: Needs = ALL) -> Schedule:
+    extras = has_extras(operands)
+    wanted = Wanted(smooth=extras, entropy=extras and is_per_token)
+    return planned(operands, "torch", mib, needs=needs, wanted=wanted, per_token=is_per_token)
 
 
 @pytest.mark.parametrize("run", [scalar, per_token])
@@ -116,7 +112,7 @@ def test_memory_stays_within_the_plan(run, mib: float, dtype: torch.dtype, extra
     operands, labels = head(dtype, **options)
     schedule = schedule_of(operands, mib, run is per_token)
     with LiveSpy() as spy:
-        _, grads = run(bounded, operands, labels, mib)
+        _, grads = run(torch_engine, operands, labels, mib)
     # The plan counts float16's wider results as workspace already.
     half = dtype == torch.float16 and run is scalar
     gradients = 0 if half else sum(grad.numel() * grad.element_size() for grad in grads)
@@ -134,9 +130,12 @@ def test_memory_stays_within_the_plan(run, mib: float, dtype: torch.dtype, extra
 def test_a_loss_without_gradients_stays_within_the_plan(extras: bool) -> None:
     options = {"softcap": 5.0, "class_weight": True} if extras else {}
     operands, labels = head(**options)
+    wanted = Wanted(extras, extras, extras)
     for mib in BUDGETS_MIB:
         with LiveSpy() as spy:
-            bounded.forward(operands, labels, int(mib * 2**20), extras, extras, extras)
+            torch_engine.row_stats(
+                operands, labels, wanted, planned(operands, "torch", mib, wanted=wanted)
+            )
         assert spy.largest * 4 < NUM_TOKENS * VOCAB * 4
         assert spy.peak <= max(mib, 1.0) * 2**20
 
@@ -156,7 +155,7 @@ def test_the_error_does_not_depend_on_the_budget(run, dtype: torch.dtype) -> Non
     whole = reference_in(dtype, run, operands, labels)
     errors = []
     for mib in BUDGETS_MIB:
-        grads = run(bounded, operands, labels, mib)[1]
+        grads = run(torch_engine, operands, labels, mib)[1]
         for name, *values in zip(("hidden", "weight", "bias"), grads, whole, truth, strict=True):
             assert_close_as_torch(f"{name} at {mib} MiB", *values)
         errors.append([relative_error(g, t) for g, t in zip(grads, truth, strict=True)])
@@ -173,15 +172,13 @@ def reference_in(dtype: torch.dtype, run, operands: Operands, labels: Tensor) ->
 def test_a_running_sum_in_the_dtype_of_the_weight_would_be_noticed() -> None:
     operands, labels = head(torch.bfloat16)
     truth = scalar(reference, widened(operands), labels, 1.0)[1][1]
-    ours = scalar(bounded, operands, labels, 1024.0)[1][1]
+    ours = scalar(torch_engine, operands, labels, 1024.0)[1][1]
     total = torch.zeros_like(ours)
     for start in range(0, NUM_TOKENS, 8):
         rows = slice(start, start + 8)
         part = operands._replace(inputs=[operands.inputs[0][rows]])
         ones = torch.full((8,), 1 / NUM_TOKENS)
-        grads = reference.forward_backward(
-            part, labels[rows], ones, None, None, ALL, 0, False, False
-        )[1]
+        grads = reference.stats_and_grads(part, labels[rows], RowWeights(ones), ALL, Wanted())[1]
         total += grads[1]
     assert relative_error(total, truth) > 1.5 * relative_error(ours, truth)
 
@@ -192,9 +189,9 @@ def test_a_running_sum_in_the_dtype_of_the_weight_would_be_noticed() -> None:
 def test_nothing_reads_memory_before_it_was_written(run, mib: float, options: dict) -> None:
     operands, labels = head(**options)
     needs = Needs([True] * len(operands.inputs), [True] * len(operands.inputs), True)
-    plain = run(bounded, operands, labels, mib, needs)
+    plain = run(torch_engine, operands, labels, mib, needs)
     with Poisoned():
-        poisoned = run(bounded, operands, labels, mib, needs)
+        poisoned = run(torch_engine, operands, labels, mib, needs)
     for one, other in zip(flat(plain), flat(poisoned), strict=True):
         assert torch.equal(one, other)
         assert not one.isnan().any()
@@ -208,7 +205,7 @@ def flat(result: tuple[RowStats, list[Tensor]]) -> list[Tensor]:
 @pytest.mark.parametrize("mib", [0.3, 1024.0])
 def test_every_run_gives_the_same_bits(run, mib: float) -> None:
     operands, labels = head(torch.bfloat16, class_weight=True)
-    first, second = (flat(run(bounded, operands, labels, mib)) for _ in range(2))
+    first, second = (flat(run(torch_engine, operands, labels, mib)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
@@ -220,7 +217,7 @@ def test_sizes_that_no_tile_divides(run, options: dict, num_tokens: int, vocab_s
     truth_stats, truth = run(reference, widened(operands), labels, 1.0)
     plain_stats, plain = run(reference, operands, labels, 1.0)
     for mib in (0.01, 1024.0):
-        stats, grads = run(bounded, operands, labels, mib)
+        stats, grads = run(torch_engine, operands, labels, mib)
         for name in ("nll", "lse", "smooth", "entropy"):
             values = [getattr(s, name) for s in (stats, plain_stats, truth_stats)]
             assert_close_as_torch(name, *values)
@@ -233,11 +230,13 @@ def test_entropy_and_correctness_beside_the_gradient(mib: float) -> None:
     operands, labels = head()
     logits = operands.inputs[0] @ operands.weights[0].T + operands.bias
     labels[::2] = logits.argmax(dim=1)[::2]
-    truth = reference.forward(widened(operands), labels, 0, False, True, True)
-    plain = reference.forward(operands, labels, 0, False, True, True)
+    wanted = Wanted(entropy=True, correct=True)
+    truth = reference.row_stats(widened(operands), labels, wanted)
+    plain = reference.row_stats(operands, labels, wanted)
     ones = torch.ones(NUM_TOKENS)
-    stats, _ = bounded.forward_backward(
-        operands, labels, ones, None, None, ALL, int(mib * 2**20), True, True
+    schedule = planned(operands, "torch", mib, needs=ALL, wanted=wanted)
+    stats, _ = torch_engine.stats_and_grads(
+        operands, labels, RowWeights(ones), ALL, wanted, schedule
     )
     assert_close_as_torch("entropy", stats.entropy, plain.entropy, truth.entropy)
     assert torch.equal(stats.correct, truth.correct)
@@ -253,10 +252,10 @@ def test_frozen_parts_cost_no_product_and_no_memory(mib: float, subset: tuple[bo
     operands, labels = head(bias=False)
     needs = Needs([subset[0]], [subset[1]], False)
     with LiveSpy() as spy:
-        _, grads = scalar(bounded, operands, labels, mib, needs)
+        _, grads = scalar(torch_engine, operands, labels, mib, needs)
     assert [grad.numel() > 0 for grad in grads] == [*subset, False]
     with LiveSpy() as everything:
-        scalar(bounded, operands, labels, mib, Needs([True], [True], False))
+        scalar(torch_engine, operands, labels, mib, Needs([True], [True], False))
     if subset == (True, True):
         return
     # Dropping one of the two gradient products drops a third of the work at least.
@@ -271,19 +270,8 @@ def test_frozen_parts_cost_no_product_and_no_memory(mib: float, subset: tuple[bo
 
 def tiles(operands: Operands, mib: float, wanted: tuple[bool, bool]) -> float:
     """How many tiles of the logits a call goes over, each time that it does."""
-    schedule = plan(
-        num_tokens=NUM_TOKENS,
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
-        dtype=torch.float32,
-        impl="torch",
-        device_type="cpu",
-        grad_hidden=wanted[0],
-        grad_weight=wanted[1],
-        memory_budget_mib=mib,
-        grad_columns=HIDDEN if wanted[1] else 0,
-        scratch_blocks=0,
-    )
+    needs = Needs([wanted[0]], [wanted[1]], False)
+    schedule = planned(operands, "torch", mib, needs=needs)
     columns = VOCAB if schedule.name == "gradient_in_forward" else schedule.vocab_window
     return -(-NUM_TOKENS // schedule.chunk_tokens) * -(-VOCAB // columns)
 
@@ -297,7 +285,7 @@ def test_a_column_that_a_bias_masks_changes_nothing() -> None:
     kept = operands._replace(weights=[operands.weights[0][512:]], bias=bias[512:])
     for mib in (0.01, 1024.0):
         for run in (scalar, per_token):
-            stats, grads = run(bounded, operands, labels, mib)
+            stats, grads = run(torch_engine, operands, labels, mib)
             plain_stats, plain = run(reference, kept, labels - 512, 1.0)
             truth_stats, truth = run(reference, widened(kept), labels - 512, 1.0)
             assert_close_as_torch("nll", stats.nll, plain_stats.nll, truth_stats.nll)

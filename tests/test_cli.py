@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import transformers
 
-from hf_fused_head import cli, doctor
-from hf_fused_head.benchmark import contenders, suite
-from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head import cli
+from hf_fused_head.benchmark import contenders, self_check, suite
+from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB
 
 SMOKE_LOGITS = 192 * 1031
 
@@ -268,7 +268,7 @@ def test_doctor_exits_with_1_when_a_check_fails(
     monkeypatch.setattr(
         contenders, "linear_cross_entropy", lambda *args, **kwargs: right(*args, **kwargs) * 1.001
     )
-    monkeypatch.setattr(doctor, "IMPLS", ("torch",))
+    monkeypatch.setattr(self_check, "IMPLS", ("torch",))
     assert run("doctor", "--device", "cpu") == 1
     shown = capsys.readouterr()
     assert "failed" in shown.out

@@ -27,7 +27,7 @@ from hf_fused_head import (
     remove_patch,
 )
 from hf_fused_head.patches import registry
-from hf_fused_head.patches.deferred import UnavailableLogits
+from hf_fused_head.patches.lazy_logits import UnavailableLogits
 
 TEN_LENGTHS = (9, 12, 15, 8, 23, 31, 17, 40, 5, 64)
 

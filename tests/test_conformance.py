@@ -21,7 +21,7 @@ import tiny_classes
 import torch
 import transformers
 
-from hf_fused_head.patches import call
+from hf_fused_head.patches.fused_forward import FusedForward
 from hf_fused_head.patches.settings import LossSettings
 
 SHARES = 6
@@ -135,13 +135,13 @@ def test_a_forgotten_transform_would_be_seen(field: str) -> None:
 
 def test_the_judge_sees_a_wrong_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cap that is one part in a thousand off would be a mismatch, were it not refused before."""
-    stock_settings = call.Call._settings
+    stock_settings = FusedForward._settings
 
-    def wrong_settings(self: call.Call) -> LossSettings:
+    def wrong_settings(self: FusedForward) -> LossSettings:
         settings = stock_settings(self)
         cap = settings.options.softcap * 1.001
         return settings._replace(options=dataclasses.replace(settings.options, softcap=cap))
 
-    monkeypatch.setattr(call.Call, "_settings", wrong_settings)
+    monkeypatch.setattr(FusedForward, "_settings", wrong_settings)
     judge = conformance.Judge(tiny_classes.build("Gemma2ForCausalLM"))
     assert judge.outcome(conformance.SCENARIO["plain"]).status == "mismatch"

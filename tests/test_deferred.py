@@ -18,8 +18,8 @@ from tiny_models import batch, build
 from torch import Tensor, nn
 
 from hf_fused_head import apply_patch, remove_patch
-from hf_fused_head.patches.deferred import DeferredLogits, ReplicaLogits, UnavailableLogits
 from hf_fused_head.patches.errors import LogitsUnavailableError
+from hf_fused_head.patches.lazy_logits import LazyLogits, ReplicaLogits, UnavailableLogits
 
 
 def pair(family: str = "gemma2", **settings: Any) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
@@ -29,7 +29,7 @@ def pair(family: str = "gemma2", **settings: Any) -> tuple[nn.Module, nn.Module,
 
 
 def is_made(logits: Tensor) -> bool:
-    assert isinstance(logits, DeferredLogits)
+    assert isinstance(logits, LazyLogits)
     return logits._pending._value is not None
 
 

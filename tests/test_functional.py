@@ -24,7 +24,7 @@ from plain_head import (
 from torch import Tensor
 
 from hf_fused_head import linear_cross_entropy, linear_cross_entropy_with_stats
-from hf_fused_head.functional import explain, operand_cross_entropy
+from hf_fused_head.functional import operand_cross_entropy
 from hf_fused_head.options import LossOptions
 
 IMPLS = ("torch", "reference")
@@ -467,9 +467,3 @@ def test_an_unknown_statistic_is_refused() -> None:
 def test_no_operand_is_refused() -> None:
     with pytest.raises(ValueError, match="`operands` must hold at least one pair"):
         operand_cross_entropy([], Y, LossOptions())
-
-
-def test_the_choice_can_be_explained() -> None:
-    choice = explain("auto", "cpu", torch.float32)
-    assert choice.impl == "torch"
-    assert choice.reason

@@ -14,18 +14,26 @@ from head_cases import (
     fixed_schedule,
     in_float64,
     operands_of,
+    planned,
     row_weights,
+    windows_of,
 )
 from oracle import assert_close_as_torch, relative_error
 from torch import Tensor
 
-from hf_fused_head import reference
+from hf_fused_head import ops
+from hf_fused_head.engines import reference
+from hf_fused_head.engines.protocol import Needs, Operands
 from hf_fused_head.functional import linear_cross_entropy, linear_cross_entropy_with_stats
-from hf_fused_head.options import Needs, Operands
-from hf_fused_head.schedule import plan
+from hf_fused_head.objective import RowWeights, Upstream, Wanted
+from hf_fused_head.planning.schedule import Schedule
 
-fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton (pip install triton)")
-gradients = pytest.importorskip("hf_fused_head.kernels.gradients", reason="needs triton")
+triton_engine = pytest.importorskip(
+    "hf_fused_head.engines.triton_engine.engine", reason="needs triton (pip install triton)"
+)
+products = pytest.importorskip(
+    "hf_fused_head.engines.triton_engine.products", reason="needs triton"
+)
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
 pytestmark = pytest.mark.gpu
@@ -62,25 +70,20 @@ def plain_head(hidden: Tensor, weight: Tensor) -> Operands:
     return Operands([hidden], [weight], None, None, 1.0, None)
 
 
-def mean_gradients(
-    operands: Operands, labels: Tensor, budget_mib: float = 4096, smoothing: bool = False
-):
+def mean_gradients(operands: Operands, labels: Tensor, schedule: Schedule, smoothing: bool = False):
     """Statistics, and the gradients of hidden states and weight, of the mean loss."""
     nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device)
-    rest = (all_needs(operands), int(budget_mib * 2**20), False, False)
-    smooth_weight = 0.1 * nll_weight if smoothing else None
-    weights = (nll_weight, smooth_weight, None)
-    stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
+    weights = RowWeights(nll_weight, 0.1 * nll_weight if smoothing else None)
+    rest = (all_needs(operands), Wanted(smooth=smoothing), schedule)
+    stats, grads = triton_engine.stats_and_grads(operands, labels, weights, *rest)
     return stats, grads[:2]
 
 
 def exact_gradients(operands: Operands, labels: Tensor):
     """What `mean_gradients` returns, by the reference in float64."""
     nll_weight = torch.full(labels.shape, 1 / labels.shape[0], device=labels.device).double()
-    rest = (all_needs(operands), 0, False, False)
-    stats, grads = reference.forward_backward(
-        in_float64(operands), labels, nll_weight, None, None, *rest
-    )
+    rest = (RowWeights(nll_weight), all_needs(operands), Wanted())
+    stats, grads = reference.stats_and_grads(in_float64(operands), labels, *rest)
     return stats, grads[:2]
 
 
@@ -90,9 +93,8 @@ def exact_gradients(operands: Operands, labels: Tensor):
 def test_every_option_under_every_schedule(name, sizes, dtype, monkeypatch):
     operands, labels = operands_of(CASES[name], *SIZES[sizes], dtype, "cuda")
     for schedule in SCHEDULES.values():
-        monkeypatch.setattr(fused, "plan", schedule)
-        check_forward_backward(fused, CASES[name], operands, labels)
-        check_backward(fused, CASES[name], operands, labels)
+        check_forward_backward(triton_engine, CASES[name], operands, labels, schedule)
+        check_backward(triton_engine, CASES[name], operands, labels, schedule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -102,18 +104,16 @@ def test_kernels_of_other_cards_and_older_tritons(tile, dtype, monkeypatch):
     tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     config = getattr(tuning, tile)._replace(num_programs=programs if tile == "HOPPER" else 0)
-    monkeypatch.setattr(fused, "tile_config", lambda device, dtype: config)
+    monkeypatch.setattr(triton_engine, "tile_config", lambda device, dtype: config)
     operands, labels = operands_of(CASES["everything"], *SIZES["aligned"], dtype, "cuda")
     for schedule in SCHEDULES.values():
-        monkeypatch.setattr(fused, "plan", schedule)
-        check_forward_backward(fused, CASES["everything"], operands, labels)
+        check_forward_backward(triton_engine, CASES["everything"], operands, labels, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
     hidden, weight, labels = trained_head(1024, 512, 8000)
-    _, grads = mean_gradients(plain_head(hidden, weight), labels)
+    _, grads = mean_gradients(plain_head(hidden, weight), labels, SCHEDULES[schedule])
     _, truth = exact_gradients(plain_head(hidden, weight), labels)
     parameters = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     logits = torch.nn.functional.linear(*parameters)
@@ -129,9 +129,8 @@ def test_error_does_not_grow_with_the_number_of_chunks(late, monkeypatch):
     _, truth = exact_gradients(operands, labels)
     errors = []
     for chunk in (4096, 1024, 256):
-        plan = fixed_schedule("gradient_in_forward", chunk, late_rounding=late)
-        monkeypatch.setattr(fused, "plan", plan)
-        _, grads = mean_gradients(operands, labels)
+        schedule = fixed_schedule("gradient_in_forward", chunk, late_rounding=late)
+        _, grads = mean_gradients(operands, labels, schedule)
         errors.append([relative_error(*pair) for pair in zip(grads, truth, strict=True)])
     for several in errors[1:]:
         for error, one in zip(several, errors[0], strict=True):
@@ -140,7 +139,6 @@ def test_error_does_not_grow_with_the_number_of_chunks(late, monkeypatch):
 
 def test_confident_tokens_keep_their_digits(monkeypatch):
     """At p = 1 - 1e-6 loss and gradients are within 1 % of float64."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     hidden, weight, labels = trained_head(512, 256, 4000)
     logits = hidden.double() @ weight.double().T
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
@@ -148,7 +146,7 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
     target = weight[labels].double()
     hidden = hidden + lift[:, None] * target / target.pow(2).sum(1, keepdim=True)
     operands = plain_head(hidden.to(torch.bfloat16), weight)
-    stats, grads = mean_gradients(operands, labels)
+    stats, grads = mean_gradients(operands, labels, SCHEDULES["one_chunk"])
     exact_stats, exact = exact_gradients(operands, labels)
     assert exact_stats.nll.median() < 1e-4
     assert ((stats.nll - exact_stats.nll).abs() <= 0.01 * exact_stats.nll).all()
@@ -158,41 +156,40 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_bits_from_run_to_run(schedule, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
     hidden, weight, labels = trained_head(700, 320, 5000)
-    first = mean_gradients(plain_head(hidden, weight), labels)
+    first = mean_gradients(plain_head(hidden, weight), labels, SCHEDULES[schedule])
     for _ in range(3):
-        again = mean_gradients(plain_head(hidden, weight), labels)
+        again = mean_gradients(plain_head(hidden, weight), labels, SCHEDULES[schedule])
         assert torch.equal(first[0].nll, again[0].nll)
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_host_synchronisation(schedule, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
-    case = CASES["everything"]
+    case, schedule = CASES["everything"], SCHEDULES[schedule]
     operands, labels = operands_of(case, *SIZES["aligned"], torch.bfloat16, "cuda")
     weights = row_weights(case, labels.shape[0], "cuda")
-    rest = (all_needs(operands), 2**30, True, True)
-    upstream = [torch.randn(labels.shape[0], device="cuda") for _ in range(4)]
-    fused.forward_backward(operands, labels, *weights, *rest)
+    rest = (weights, all_needs(operands), Wanted(True, True, True), schedule)
+    upstream = Upstream(*(torch.randn(labels.shape[0], device="cuda") for _ in range(4)))
+    triton_engine.stats_and_grads(operands, labels, *rest)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
-        fused.backward(operands, labels, stats, *upstream, all_needs(operands), 2**30)
-        fused.multiply_(grads[0], upstream[0][:1])
+        stats, grads = triton_engine.stats_and_grads(operands, labels, *rest)
+        needs, windows = all_needs(operands), windows_of(schedule)
+        triton_engine.row_grads(operands, labels, stats, upstream, needs, windows)
+        triton_engine.multiply_(grads[0], upstream.nll[:1])
         # The one wait of the default path is for an event behind the first product.
-        attempt = fused.begin(labels, -100, SIZES["aligned"][2], pytest.fail)
-        fused.forward_backward(operands, attempt.labels, *weights, *rest, attempt=attempt)
+        launch = triton_engine.speculate(labels, -100, SIZES["aligned"][2], pytest.fail)
+        triton_engine.stats_and_grads(operands, launch.labels, *rest, launch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_than_65535_rows(monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
-    operands, labels = operands_of(CASES["everything"], 70_001, 64, 500, torch.bfloat16, "cuda")
-    check_forward_backward(fused, CASES["everything"], operands, labels)
-    check_backward(fused, CASES["everything"], operands, labels)
+    case, schedule = CASES["everything"], SCHEDULES["one_chunk"]
+    operands, labels = operands_of(case, 70_001, 64, 500, torch.bfloat16, "cuda")
+    check_forward_backward(triton_engine, case, operands, labels, schedule)
+    check_backward(triton_engine, case, operands, labels, schedule)
 
 
 @pytest.mark.parametrize("hidden_size", [64, 60])
@@ -200,10 +197,9 @@ def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
     """A stored tile of more than 2**31 elements agrees with small ones, in both kernels."""
     hidden, weight, labels = trained_head(17_000, hidden_size, 131_072)
     operands = plain_head(hidden, weight)
-    monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward"))
-    stats, grads = mean_gradients(operands, labels)
-    monkeypatch.setattr(fused, "plan", fixed_schedule("gradient_in_forward", 2048))
-    small_stats, small = mean_gradients(operands, labels)
+    stats, grads = mean_gradients(operands, labels, fixed_schedule("gradient_in_forward"))
+    chunks = fixed_schedule("gradient_in_forward", 2048)
+    small_stats, small = mean_gradients(operands, labels, chunks)
     assert torch.equal(stats.nll, small_stats.nll)
     assert relative_error(grads[0], small[0]) <= torch.finfo(torch.bfloat16).eps
     assert relative_error(grads[1], small[1]) <= torch.finfo(torch.bfloat16).eps
@@ -227,7 +223,7 @@ def test_the_last_product_of_a_sum_is_rounded_once(num_tokens, vocab_size, hidde
     rounded = []
     for _ in range(2):
         poisoned = torch.full((vocab_size + 1, hidden_size), float("nan"), dtype=dtype).to(device)
-        gradients.last_product(tile.t(), hidden, total.clone(), poisoned[:-1], config)
+        products.last_product(tile.t(), hidden, total.clone(), poisoned[:-1], config)
         assert poisoned[-1].isnan().all()
         rounded.append(poisoned[:-1])
     assert torch.equal(*rounded)
@@ -243,24 +239,14 @@ def test_the_last_product_of_a_sum_is_rounded_once(num_tokens, vocab_size, hidde
 def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing):
     hidden, weight, labels = trained_head(num_tokens, 1024, 32_000)
     operands = plain_head(hidden, weight)
-    mean_gradients(operands, labels, budget_mib, smoothing)
+    needs, wanted = all_needs(operands), Wanted(smooth=smoothing)
+    schedule = planned(operands, "triton", budget_mib, needs=needs, wanted=wanted)
+    mean_gradients(operands, labels, schedule, smoothing)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = mean_gradients(operands, labels, budget_mib, smoothing)
+    kept = mean_gradients(operands, labels, schedule, smoothing)
     peak = torch.cuda.max_memory_allocated() - before
-    schedule = plan(
-        num_tokens=num_tokens,
-        hidden_size=1024,
-        vocab_size=32_000,
-        dtype=torch.bfloat16,
-        impl="triton",
-        device_type="cuda",
-        grad_hidden=True,
-        grad_weight=True,
-        memory_budget_mib=budget_mib,
-        smoothing=smoothing,
-    )
     assert num_tokens == chunks * schedule.chunk_tokens
     assert peak <= schedule.workspace_bytes + schedule.gradient_bytes + 2**21
     del kept
@@ -324,7 +310,7 @@ def test_compiles_whole_with_changing_lengths(reduction):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_cuda_graph_replays_other_labels(schedule, monkeypatch):
     """A graph cannot ask the host: however many labels are ignored, and wrong ones give NaN."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+    monkeypatch.setattr(ops, "plan", lambda problem: SCHEDULES[schedule])
     hidden, weight, labels = trained_head(600, 128, 2000)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -400,9 +386,8 @@ def test_frozen_parts_cost_no_gradient():
     operands = plain_head(hidden, weight)
     nll_weight = torch.ones(labels.shape, device="cuda")
     for needs in (Needs([True], [False], False), Needs([False], [True], False)):
-        _, grads = fused.forward_backward(
-            operands, labels, nll_weight, None, None, needs, 2**30, False, False
-        )
+        rest = (needs, Wanted(), SCHEDULES["one_chunk"])
+        _, grads = triton_engine.stats_and_grads(operands, labels, RowWeights(nll_weight), *rest)
         wanted = [*needs.inputs, *needs.weights, needs.bias]
         assert [grad.numel() > 0 for grad in grads] == wanted
 
@@ -410,6 +395,6 @@ def test_frozen_parts_cost_no_gradient():
 @pytest.mark.multigpu
 def test_runs_on_the_device_of_its_tensors():
     hidden, weight, labels = (t.to("cuda:1") for t in trained_head(300, 128, 2000))
-    stats, grads = mean_gradients(plain_head(hidden, weight), labels)
+    stats, grads = mean_gradients(plain_head(hidden, weight), labels, SCHEDULES["one_chunk"])
     assert torch.isfinite(stats.nll).all()
     assert all(torch.isfinite(grad).all() for grad in grads)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from trains_like import assert_trains_like
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
-from hf_fused_head.patches.deferred import DeferredLogits
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.newest
 
@@ -78,7 +78,7 @@ def test_the_model_may_be_called_by_a_hook_in_its_labelled_forward(
         hooks.append(once(call))
         model.get_input_embeddings().register_forward_hook(hooks[-1])
     output, expected = fused(**inputs), stock(**inputs)
-    assert isinstance(output.logits, DeferredLogits)
+    assert isinstance(output.logits, LazyLogits)
     assert output.loss.item() == pytest.approx(expected.loss.item())
     ours, theirs = (hook.results[0] for hook in hooks)
     if name == "labels":
@@ -179,7 +179,7 @@ def test_copies_of_the_output_change_nothing() -> None:
     fused = apply_patch(copy.deepcopy(stock))
     assert_trains_like(fused, stock, batch(stock))
     with torch.no_grad():
-        assert isinstance(fused(**batch(stock)).logits, DeferredLogits)
+        assert isinstance(fused(**batch(stock)).logits, LazyLogits)
 
 
 def test_a_head_that_is_run_without_gradients_is_refused() -> None:

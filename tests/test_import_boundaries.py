@@ -10,63 +10,82 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "hf_fused_head"
 
-# For each part of the package, the parts of the package that it may import.
-BASE = {"version", "options", "schedule", "workspace", "distributed", "run_record"}
+# For each part of the package, the parts that it may import. A part is a module or a folder; the
+# longest name that fits a module is its part.
+LEAVES = {
+    *("version", "options", "records", "transforms"),
+    *("distributed.dtensor", "distributed.vocab_parallel"),
+}
+PLANNING = {"planning"}
+ENGINE = {"engines.protocol", "objective", "options", "planning", "distributed.vocab_parallel"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
-    "distributed": set(),
-    "options": {"distributed"},
-    "workspace": set(),
-    "schedule": {"workspace"},
-    "run_record": {"options", "schedule"},
-    "kernels": {"kernels", "distributed"},
-    "reference": BASE,
-    "tiles": BASE,
-    "products": BASE,
-    "bounded": BASE | {"tiles", "products"},
-    "fused": BASE | {"kernels"},
+    "options": set(),
+    "records": set(),
     "transforms": set(),
-    "ops": BASE | {"reference", "bounded", "fused", "transforms"},
-    "autograd": BASE | {"ops", "transforms"},
-    "arguments": BASE | {"transforms"},
-    "functional": BASE | {"ops", "autograd", "arguments", "transforms"},
-    "nn": BASE | {"functional"},
-    "patches": BASE | {"functional", "nn", "patches", "transforms"},
-    "cut_checkpoints": {"patches"},
-    "trainer": BASE | {"functional", "nn", "patches", "cut_checkpoints"},
-    "benchmark": BASE | {"functional", "nn", "patches", "benchmark", "ops"},
-    "doctor": BASE | {"functional", "nn", "patches", "benchmark", "ops"},
-    "cli": BASE | {"functional", "nn", "patches", "benchmark", "doctor", "ops"},
+    "distributed.dtensor": set(),
+    "distributed.vocab_parallel": set(),
+    "distributed.sharded_checkpoint": {"distributed.dtensor"},
+    "planning": set(),
+    "objective": {"options"},
+    "validation": {"options", "planning", "transforms"},
+    "kernels": {"objective"},
+    "engines.protocol": {"objective", "planning", "distributed.vocab_parallel"},
+    "engines.reference": ENGINE,
+    "engines.torch_engine": ENGINE,
+    "engines.triton_engine": ENGINE | {"kernels"},
+    "engines.select": {
+        *("engines.protocol", "engines.reference", "engines.torch_engine", "engines.triton_engine"),
+        "options",
+    },
+    "run_record": {"engines.select", "planning"},
+    "ops": LEAVES | PLANNING | {"objective", "engines.protocol", "engines.select", "run_record"},
+    "autograd": {"ops", "objective", "engines.protocol", "transforms"},
+    "functional": LEAVES
+    | PLANNING
+    | {"ops", "autograd", "objective", "engines.protocol", "validation"},
+    "nn": {"functional", "options"},
+    "patches": LEAVES | PLANNING | {"functional", "nn", "engines.select", "run_record"},
+    "trainer": LEAVES | {"functional", "patches", "distributed.sharded_checkpoint"},
+    "benchmark": LEAVES | PLANNING | {"functional", "nn", "patches", "engines.select"},
+    "commands": LEAVES | {"benchmark", "patches"},
+    "cli": LEAVES | {"commands"},
 }
 # Third parties that only the named parts may import; the others do without, or ask one that may.
 CONFINED = {
     "transformers": {"patches", "trainer"},
     "peft": {"patches", "trainer"},
     "accelerate": {"patches", "trainer"},
-    "triton": {"kernels", "fused"},
-    "typer": {"cli"},
+    "triton": {"kernels", "engines.triton_engine"},
+    "typer": {"cli", "commands"},
     "matplotlib": {"benchmark"},
 }
 
 
-def modules() -> list[tuple[str, str, Path]]:
-    """(part, module name, file) of every source file of the package."""
-    found = []
-    for folder, package in (
-        (ROOT / "hf_fused_head", "hf_fused_head"),
-        (ROOT / "patches", "hf_fused_head.patches"),
-    ):
+def modules() -> dict[str, Path]:
+    """Every source file of the package by the name of its module."""
+    found = {}
+    for folder, package in ((ROOT / PACKAGE, PACKAGE), (ROOT / "patches", f"{PACKAGE}.patches")):
         for file in sorted(folder.rglob("*.py")):
             relative = file.relative_to(folder).with_suffix("")
-            name = ".".join((package, *relative.parts)).removesuffix(".__init__")
-            parts = name.split(".")
-            found.append((parts[1] if len(parts) > 1 else "", name, file))
+            found[".".join((package, *relative.parts)).removesuffix(".__init__")] = file
     return found
 
 
+MODULES = modules()
+
+
+def part_of(name: str) -> str:
+    """The part that a dotted name of the package belongs to; "" for the package's own __init__."""
+    inner = name.removeprefix(PACKAGE).lstrip(".")
+    fitting = [part for part in ALLOWED if inner == part or inner.startswith(f"{part}.")]
+    return max(fitting, key=len, default="")
+
+
 def imports(name: str, file: Path) -> set[str]:
-    """Absolute dotted names imported anywhere in the file, inside functions too."""
+    """Absolute dotted names that a file imports, inside functions and as strings of modules too."""
     names: set[str] = set()
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
@@ -75,27 +94,45 @@ def imports(name: str, file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            names.add(module)
-            names.update(f"{module}.{alias.name}" for alias in node.names)
+            members = {f"{module}.{alias.name}" for alias in node.names}
+            # `from package import module` asks nothing of the package itself.
+            names |= members if members <= MODULES.keys() else {module, *members}
+        elif isinstance(node, ast.Constant) and node.value in MODULES:
+            # What `importlib` is given, wherever the string stands.
+            names.add(node.value)
     return names
 
 
-@pytest.mark.parametrize(("part", "name", "file"), modules(), ids=lambda value: str(value))
-def test_a_module_imports_only_what_lies_below_it(part: str, name: str, file: Path) -> None:
-    if part == "":
-        return  # The package's own __init__ names everything, lazily: the cold import holds it.
-    for imported in imports(name, file):
-        top, *rest = imported.split(".")
-        if top == "hf_fused_head" and rest:
-            target = rest[0]
-            if target in ALLOWED:
-                assert target in ALLOWED[part] | {part}, f"{name} must not import {imported}"
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
+    part = part_of(name)
+    if not part:
+        return  # An __init__ above the parts names them lazily, or only describes them.
+    for imported in imports(name, MODULES[name]):
+        top = imported.split(".")[0]
+        target = part_of(imported) if top == PACKAGE else ""
+        if target:
+            assert target in ALLOWED[part] | {part}, f"{name} must not import {imported}"
         if top in CONFINED:
             assert part in CONFINED[top], f"{name} must not import {imported}"
 
 
-def test_every_part_is_named_here() -> None:
-    assert {part for part, _, _ in modules()} - {""} <= set(ALLOWED)
+def test_every_module_belongs_to_a_part() -> None:
+    without = {name for name, file in MODULES.items() if not part_of(name)}
+    assert all(MODULES[name].name == "__init__.py" for name in without)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    arrows = {
+        name: {target for target in imports(name, file) if target in MODULES and target != name}
+        for name, file in MODULES.items()
+        if name != PACKAGE
+    }
+    # Repeatedly drops what imports nothing that is left: circles remain, and what imports them.
+    while done := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in done}
+    above = {name for name in arrows if not any(name in targets for targets in arrows.values())}
+    assert not arrows, f"circular imports among {sorted(arrows.keys() - above)}"
 
 
 def test_the_package_imports_with_torch_alone() -> None:

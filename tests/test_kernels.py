@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from head_cases import (
     all_needs,
     check_backward,
     check_forward_backward,
+    doubled,
     fixed_schedule,
     in_float64,
     operands_of,
@@ -24,13 +26,16 @@ pytest.importorskip("triton", reason="needs triton (pip install triton)")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1 only", allow_module_level=True)
 
-from hf_fused_head import fused, reference
-from hf_fused_head.kernels import passes
+from hf_fused_head import ops
+from hf_fused_head.engines import reference
+from hf_fused_head.engines.protocol import Needs, Rejected
+from hf_fused_head.engines.triton_engine import engine as triton_engine
+from hf_fused_head.engines.triton_engine import passes
 from hf_fused_head.kernels.head import launch_exponents
 from hf_fused_head.kernels.operands import Head, RowSums
 from hf_fused_head.kernels.rows import launch_anchor
 from hf_fused_head.kernels.tuning import TileConfig
-from hf_fused_head.options import Needs
+from hf_fused_head.objective import RowWeights, Wanted
 
 # Two row tiles and three column tiles of the interpreter's blocks, no size a multiple.
 SIZES = (19, 21, 70)
@@ -51,20 +56,18 @@ def small_multiples(monkeypatch):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_every_schedule_is_as_exact_as_float32_products(name, schedule, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
     sizes = (40, *SIZES[1:]) if schedule == "chunks" else SIZES
     operands, labels = operands_of(CASES[name], *sizes, torch.float32, "cpu")
-    check_forward_backward(fused, CASES[name], operands, labels)
+    check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES[schedule])
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["in_the_last_product", "late"])
 def test_the_heads_gradient_of_chunks_is_rounded_late_where_it_has_no_memory(late, monkeypatch):
     """Until the tile is gone; otherwise nobody sees a sum once the last product is done."""
-    plan = fixed_schedule("gradient_in_forward", chunk_tokens=10, late_rounding=late)
-    monkeypatch.setattr(fused, "plan", plan)
+    schedule = fixed_schedule("gradient_in_forward", chunk_tokens=10, late_rounding=late)
     made, seen = [], []
 
-    def empty_grads(*args, _make=fused._empty_grads, **options):
+    def empty_grads(*args, _make=triton_engine._empty_grads, **options):
         made.append(_make(*args, **options))
         return made[-1]
 
@@ -72,10 +75,10 @@ def test_the_heads_gradient_of_chunks_is_rounded_late_where_it_has_no_memory(lat
         seen.append((len(chunks), made[-1][1].untyped_storage().nbytes()))
         _add(call, chunks, *rest)
 
-    monkeypatch.setattr(fused, "_empty_grads", empty_grads)
+    monkeypatch.setattr(triton_engine, "_empty_grads", empty_grads)
     monkeypatch.setattr(passes, "_add_chunks", add_chunks)
     operands, labels = operands_of(CASES["plain"], 40, *SIZES[1:], torch.bfloat16, "cpu")
-    check_forward_backward(fused, CASES["plain"], operands, labels)
+    check_forward_backward(triton_engine, CASES["plain"], operands, labels, schedule)
     size = made[0][1].nbytes
     assert seen == [(2, 0 if late else size)]
     assert made[0][1].untyped_storage().nbytes() == size > 0
@@ -93,40 +96,35 @@ def test_no_part_of_the_rows_is_much_shorter_than_the_others(size, most, sizes):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("plain", "everything")])
 def test_every_option_with_stored_exponents(name, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     operands, labels = operands_of(CASES[name], *SIZES, torch.float32, "cpu")
-    check_forward_backward(fused, CASES[name], operands, labels)
+    check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["one_chunk"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "overflow"])
 def test_half_precision_is_as_exact_as_torch(name, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["hybrid"])
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
-    check_forward_backward(fused, CASES[name], operands, labels)
+    check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["hybrid"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "softcap_smooth"])
 def test_any_upstream_gradient_per_token(name, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
-    check_backward(fused, CASES[name], operands, labels)
+    check_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["windows"])
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 2), (33, 7, 33)])
 def test_smallest_sizes(sizes, monkeypatch):
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     operands, labels = operands_of(CASES["plain"], *sizes, torch.float32, "cpu")
-    check_forward_backward(fused, CASES["plain"], operands, labels)
+    check_forward_backward(triton_engine, CASES["plain"], operands, labels, SCHEDULES["one_chunk"])
 
 
 def test_a_forgotten_softcap_fails(monkeypatch):
     """The oracle is sharp enough to see a wrong fact."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     operands, labels = operands_of(CASES["plain"], *SIZES, torch.float32, "cpu")
-    stats = fused.forward(operands, labels, 2**30, False, False, False)
-    capped = reference.forward(operands._replace(softcap=30.0), labels, 2**30, False, False, False)
+    stats = triton_engine.row_stats(operands, labels, Wanted(), fixed_schedule("loss_only"))
+    capped = reference.row_stats(operands._replace(softcap=30.0), labels, Wanted())
     with pytest.raises(AssertionError, match="nll"):
         assert_close_as_torch("nll", stats.nll, capped.nll, capped.nll.double())
 
@@ -155,7 +153,6 @@ def test_descriptor_kernel_equals_pointer_kernel(dtype, halves):
 
 def test_confident_tokens_keep_their_digits(monkeypatch):
     """Gradients of tokens with p = 1 - 1e-6 come from the other columns, not from p - 1."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     operands, labels = operands_of(CASES["plain"], *SIZES, torch.float32, "cpu")
     weight = operands.weights[0]
     logits = operands.inputs[0] @ weight.T
@@ -164,7 +161,8 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
     target = weight[labels]
     hidden = operands.inputs[0] + lift[:, None] * target / target.pow(2).sum(1, keepdim=True)
     operands = operands._replace(inputs=[hidden])
-    stats = check_forward_backward(fused, CASES["plain"], operands, labels)
+    schedule = SCHEDULES["one_chunk"]
+    stats = check_forward_backward(triton_engine, CASES["plain"], operands, labels, schedule)
     assert (stats.nll < 1e-3).any()
 
 
@@ -172,7 +170,7 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_tokens_sure_of_another_class_keep_their_digits(reduction, scale, monkeypatch):
     """There lse and loss are large, and so is what rounding takes from them and from exponents."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES["windows"])
+    monkeypatch.setattr(ops, "plan", lambda problem: SCHEDULES["windows"])
     options = {"reduction": reduction, "logit_scale": scale}
     problem = Problem(shape=(40,), ignored=0, surprised=True, options=options)
     tensors = exact(problem.tensors(torch.float32))
@@ -190,13 +188,11 @@ def test_only_the_asked_gradients_are_made(monkeypatch):
     weights = row_weights(CASES["everything"], SIZES[0], "cpu")
     everything = None
     for schedule in ("one_chunk", "hybrid"):
-        monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
         for wanted in ((1, 1, 1, 1, 1), (1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 1)):
             flags = [bool(flag) for flag in wanted]
             needs = Needs(flags[:2], flags[2:4], flags[4])
-            _, grads = fused.forward_backward(
-                operands, labels, *weights, needs, 2**30, False, False
-            )
+            rest = (needs, Wanted(smooth=True), SCHEDULES[schedule])
+            _, grads = triton_engine.stats_and_grads(operands, labels, weights, *rest)
             everything = grads if all(flags) else everything
             for grad, whole, flag in zip(grads, everything, flags, strict=True):
                 assert torch.equal(grad, whole if flag else whole.new_empty(0))
@@ -205,7 +201,6 @@ def test_only_the_asked_gradients_are_made(monkeypatch):
 @pytest.mark.parametrize("schedule", ["chunks", "hybrid"])
 def test_nothing_unwritten_is_read(schedule, monkeypatch):
     """With poisoned memory the results are finite, so everything that is read was written."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poisoned(make):
@@ -219,8 +214,8 @@ def test_nothing_unwritten_is_read(schedule, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     weights = row_weights(CASES["everything"], 40, "cpu")
-    rest = (all_needs(operands), 2**30, True, True)
-    stats, grads = fused.forward_backward(operands, labels, *weights, *rest)
+    rest = (all_needs(operands), Wanted(True, True, True), SCHEDULES[schedule])
+    stats, grads = triton_engine.stats_and_grads(operands, labels, weights, *rest)
     for tensor in [*stats[:5], *grads]:
         assert torch.isfinite(tensor.float()).all()
 
@@ -230,15 +225,15 @@ def _ignore(labels, places, index=-100):
 
 
 class WithIgnoredRows:
-    """The engine on a batch with some rows more, which do not count, begun as an attempt.
+    """The engine on a batch with some more rows, ignored ones, launched speculatively.
 
-    It answers for the rows that count, and holds what it has for the others to zero.
+    Returns what it has for the rows that count, and checks that the rest is zero.
     """
 
     def __init__(self, places):
         self.places = places
 
-    def forward_backward(self, operands, labels, nll, smooth, z, *rest):
+    def stats_and_grads(self, operands, labels, weights, needs, wanted, schedule):
         num_tokens = labels.shape[0] + len(self.places)
         kept = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, self.places, False)
 
@@ -252,13 +247,11 @@ class WithIgnoredRows:
 
         more = operands._replace(inputs=[among_all(hidden, 2) for hidden in operands.inputs])
         vocab_size = operands.weights[0].shape[0]
-        attempt = fused.begin(among_all(labels, -100), -100, vocab_size, pytest.fail)
-        weights = [among_all(weight, 3.0) for weight in (nll, smooth, z)]
-        stats, grads = fused.forward_backward(
-            more, attempt.labels, *weights, *rest, attempt=attempt
-        )
-        wanted = [smooth is not None, True, True]
-        alone = fused.forward(more, attempt.labels, 2**30, *wanted, attempt=attempt)
+        launch = triton_engine.speculate(among_all(labels, -100), -100, vocab_size, pytest.fail)
+        weights = RowWeights(*(among_all(weight, 3.0) for weight in weights))
+        rest = (needs, wanted, schedule, launch)
+        stats, grads = triton_engine.stats_and_grads(more, launch.labels, weights, *rest)
+        alone = triton_engine.row_stats(more, launch.labels, wanted, schedule, launch)
         rows = [value for value in stats[:5] if value.numel()]
         for value, other in zip(rows, [v for v in alone[:5] if v.numel()], strict=True):
             assert torch.equal(value, other)
@@ -273,65 +266,67 @@ class WithIgnoredRows:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["plain", "everything", "softcap_smooth"])
-def test_a_few_ignored_rows_ride_along(name, schedule, monkeypatch):
-    """Begun before the labels are counted: the same as without the rows, and zero in them."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES[schedule])
+def test_a_few_ignored_rows_change_nothing(name, schedule):
+    """Launched before the labels are counted: the same as without the rows, and zero in them."""
     operands, labels = operands_of(CASES[name], 66, *SIZES[1:], torch.float32, "cpu")
     engine = WithIgnoredRows(torch.tensor([0, 41]))
-    check_forward_backward(engine, CASES[name], operands, labels)
+    check_forward_backward(engine, CASES[name], operands, labels, SCHEDULES[schedule])
 
 
-def test_an_attempt_with_many_ignored_rows_is_abandoned(monkeypatch):
-    """On the device nothing is computed, on the host the caller hears that rows should go."""
+def test_a_speculative_launch_with_many_ignored_rows_is_rejected():
+    """Nothing is computed on the device, and the caller has to drop the rows."""
     operands, labels = operands_of(CASES["plain"], 64, *SIZES[1:], torch.float32, "cpu")
     weights = row_weights(CASES["plain"], 64, "cpu")
-    rest = (all_needs(operands), 2**30, False, False)
-    for places, answers in (([5, 6], True), ([5, 6, 7], False)):
-        attempt = fused.begin(_ignore(labels, places), -100, SIZES[2], pytest.fail)
-        operation = (operands, attempt.labels, *weights, *rest)
-        assert (fused.forward_backward(*operation, attempt=attempt) is not None) == answers
-        statistics = (operands, attempt.labels, 2**30, False, False, False)
-        assert (fused.forward(*statistics, attempt=attempt) is not None) == answers
-        assert bool(attempt.many_ignored) != answers
-        assert attempt.kept_rows().tolist() == [i for i in range(64) if i not in places]
+    wanted, schedule = Wanted(), SCHEDULES["one_chunk"]
+    for places, rejected in (([5, 6], False), ([5, 6, 7], True)):
+        launch = triton_engine.speculate(_ignore(labels, places), -100, SIZES[2], pytest.fail)
+        head = (operands, launch.labels)
+        needs = all_needs(operands)
+        expected = pytest.raises(Rejected) if rejected else contextlib.nullcontext()
+        with expected:
+            triton_engine.stats_and_grads(*head, weights, needs, wanted, schedule, launch)
+        with expected:
+            triton_engine.row_stats(*head, wanted, schedule, launch)
+        assert bool(launch.rejected) == rejected
+        assert launch.kept_rows().tolist() == [i for i in range(64) if i not in places]
 
 
 def test_a_wrong_label_reads_nothing_and_is_named():
-    """Kernels see -2 for it before the host can complain, and its loss is NaN if it cannot."""
+    """Kernels see -2 for it before the host can raise, and its loss is NaN if it cannot."""
     operands, labels = operands_of(CASES["plain"], 64, *SIZES[1:], torch.float32, "cpu")
     wrong = _ignore(labels, [9], 2**40)
 
-    def complain():
+    def raise_for_label():
         raise ValueError("named")
 
-    attempt = fused.begin(wrong, -100, SIZES[2], complain)
-    statistics = (operands, attempt.labels, 2**30, False, False, False)
+    launch = triton_engine.speculate(wrong, -100, SIZES[2], raise_for_label)
+    statistics = (operands, launch.labels, Wanted(), fixed_schedule("loss_only"))
     with pytest.raises(ValueError, match="named"):
-        fused.forward(*statistics, attempt=attempt)
-    captured = attempt._replace(many_ignored=None, goes_on=lambda: True)
-    nll = fused.forward(*statistics, attempt=captured).nll
+        triton_engine.row_stats(*statistics, launch)
+    captured = launch._replace(rejected=None, commit=lambda: True)
+    nll = triton_engine.row_stats(*statistics, captured).nll
     assert nll.isnan().nonzero().tolist() == [[9]]
 
 
 def test_labels_of_zero_weight_and_pure_smoothing(monkeypatch):
     """Rows whose softmax terms vanish or cancel give finite gradients."""
-    monkeypatch.setattr(fused, "plan", SCHEDULES["one_chunk"])
     case = Case(smooth=True)
     operands, labels = operands_of(case, *SIZES, torch.float32, "cpu")
     nll_weight, smooth_weight, _ = row_weights(case, SIZES[0], "cpu")
-    rest = (all_needs(operands), 2**30, False, False)
+    rest = (all_needs(operands), Wanted(smooth=True), SCHEDULES["one_chunk"])
     nothing = torch.zeros_like(nll_weight)
     for smooth in (smooth_weight, nothing):
-        _, grads = fused.forward_backward(operands, labels, nothing, smooth, None, *rest)
-        _, plain = reference.forward_backward(operands, labels, nothing, smooth, None, *rest)
-        double = (in_float64(operands), labels, nothing.double(), smooth.double(), None)
-        _, truth = reference.forward_backward(*double, *rest)
+        weights = RowWeights(nothing, smooth)
+        _, grads = triton_engine.stats_and_grads(operands, labels, weights, *rest)
+        _, plain = reference.stats_and_grads(operands, labels, weights, *rest)
+        exact = (in_float64(operands), labels, doubled(weights))
+        _, truth = reference.stats_and_grads(*exact, *rest)
         for index, tensors in enumerate(zip(grads, plain, truth, strict=True)):
             assert_close_as_torch(f"gradient {index}", *tensors)
 
 
 def test_unavailable_reason_names_the_obstacle():
-    assert fused.unavailable_reason("cpu", torch.bfloat16) is None
-    assert "float64" in fused.unavailable_reason("cpu", torch.float64)
-    assert "mps" in fused.unavailable_reason("mps", torch.float16)
-    assert "TRITON_INTERPRET" in fused.unavailable_reason("cuda", torch.float16)
+    assert triton_engine.unavailable_reason("cpu", torch.bfloat16) is None
+    assert "float64" in triton_engine.unavailable_reason("cpu", torch.float64)
+    assert "mps" in triton_engine.unavailable_reason("mps", torch.float16)
+    assert "TRITON_INTERPRET" in triton_engine.unavailable_reason("cuda", torch.float16)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
-from hf_fused_head.patches.deferred import DeferredLogits
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.newest
 
@@ -116,7 +116,7 @@ def test_labels_that_reach_the_forward_of_transformers_are_fused(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_trains_like(fused, stock, inputs)
-        assert isinstance(fused(**inputs).logits, DeferredLogits)
+        assert isinstance(fused(**inputs).logits, LazyLogits)
     assert patch_report(fused).last_loss == "fused"
     assert same_modules(remove_patch(fused), stock)
     assert torch.equal(fused(**inputs).loss, stock(**inputs).loss)
@@ -133,7 +133,7 @@ def test_copies_pickles_and_adapters_keep_renamed_labels() -> None:
     for model in (copy.deepcopy(fused), torch.load(file, weights_only=False), adapted):
         output = model(**inputs)
         assert output.loss.item() == pytest.approx(stock(**inputs).loss.item())
-        assert isinstance(output.logits, DeferredLogits)
+        assert isinstance(output.logits, LazyLogits)
 
 
 def test_a_class_with_a_loss_of_its_own_is_fused_under_renamed_labels() -> None:
@@ -148,7 +148,7 @@ def test_a_class_with_a_loss_of_its_own_is_fused_under_renamed_labels() -> None:
     fused, inputs = apply_patch(copy.deepcopy(stock)), inputs_for("targets")
     output = fused(**inputs)
     assert output.loss.item() == pytest.approx(stock(**inputs).loss.item())
-    assert isinstance(output.logits, DeferredLogits)
+    assert isinstance(output.logits, LazyLogits)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trains_like import assert_trains_like, loss_and_gradients, same_modules
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
-from hf_fused_head.patches.deferred import DeferredLogits
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.newest
 
@@ -110,7 +110,7 @@ def test_a_head_changed_after_the_patch_trains_like_stock(name: str) -> None:
     report = patch_report(model)
     assert report.fused and report.bias == (head.bias is not None)
     assert report.tied == (head.weight is model.get_input_embeddings().weight)
-    assert isinstance(model(**inputs).logits, DeferredLogits)
+    assert isinstance(model(**inputs).logits, LazyLogits)
 
 
 @pytest.mark.parametrize("head", ["cpu", "disk"])
@@ -136,7 +136,7 @@ def test_a_device_map_over_two_devices(head: str, patch_first: bool, tmp_path: P
     with torch.no_grad():
         output, expected = model(**inputs), stock(**inputs)
     assert output.loss.item() == pytest.approx(expected.loss.item())
-    assert isinstance(output.logits, DeferredLogits)
+    assert isinstance(output.logits, LazyLogits)
     assert torch.equal(output.logits, expected.logits)
     assert patch_report(model).fused
 
@@ -154,7 +154,7 @@ def test_mixed_precision_over_device_hooks(patch_at: int) -> None:
         model = step(model)
     inputs = batch(untied())
     output, expected = model(**inputs), stock(**inputs)
-    assert isinstance(output.logits, DeferredLogits) and patch_report(model).fused
+    assert isinstance(output.logits, LazyLogits) and patch_report(model).fused
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
     remove_patch(model)
     assert torch.equal(model(**inputs).loss, expected.loss)
@@ -192,7 +192,7 @@ def test_kernels_of_the_hub_compose_but_not_on_the_head() -> None:
     stock = kernelized(untied(), ("LlamaRMSNorm",))
     assert_trains_like(apply_patch(copy.deepcopy(stock)), stock, batch(stock))
     fused = kernelized(apply_patch(untied()), ("LlamaRMSNorm",))
-    assert isinstance(fused(**batch(fused)).logits, DeferredLogits)
+    assert isinstance(fused(**batch(fused)).logits, LazyLogits)
     with pytest.raises(UnsupportedModelError, match=r"on the head \(Linear\), .*linear_kernel"):
         apply_patch(kernelized(untied(), ("Linear",)))
     with pytest.raises(UnsupportedModelError, match=r"on the head \(Linear\), .*linear_kernel"):

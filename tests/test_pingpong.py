@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton")
+fused = pytest.importorskip("hf_fused_head.engines.triton_engine.engine", reason="needs triton")
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
 # The most that one program may have there.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fused_head import reference
-from hf_fused_head.options import Needs, Operands, RowStats
+from hf_fused_head.engines import reference
+from hf_fused_head.engines.protocol import Needs, Operands
+from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
 
 SOFTCAPS = (None, 2.0)
 TERMS = ("nll", "lse", "smooth", "entropy")
@@ -71,7 +72,7 @@ def test_statistics_and_every_gradient(
     made, labels = leaves(pairs, bias), torch.tensor([0, 10, 3, 3, 7, 1])
     operands = head(made, softcap, class_weight)
     plain = plain_rows(operands, labels)
-    stats = reference.forward(detached(operands), labels, 0, True, True, True)
+    stats = reference.row_stats(detached(operands), labels, Wanted(True, True, True))
     for name, value in plain.items():
         torch.testing.assert_close(getattr(stats, name), value.detach(), msg=name)
     upstream = {name: torch.randn(6).double() for name in TERMS}
@@ -79,16 +80,10 @@ def test_statistics_and_every_gradient(
         objective = sum((upstream[name] * plain[name]).sum() for name in chosen)
         truth = torch.autograd.grad(objective, list(made.values()), retain_graph=True)
         zero = torch.zeros(6).double()
-        grads = reference.backward(
-            detached(operands),
-            labels,
-            stats,
-            upstream["nll"] if "nll" in chosen else zero,
-            upstream["lse"] if "lse" in chosen else zero,
-            upstream["smooth"] if "smooth" in chosen else None,
-            upstream["entropy"] if "entropy" in chosen else None,
-            needs_of(operands),
-            0,
+        vectors = {name: upstream[name] if name in chosen else None for name in TERMS}
+        vectors["nll"] = zero if vectors["nll"] is None else vectors["nll"]
+        grads = reference.row_grads(
+            detached(operands), labels, stats, Upstream(**vectors), needs_of(operands)
         )
         torch.testing.assert_close([g for g in grads if g.numel()], list(truth))
 
@@ -103,8 +98,9 @@ def test_the_scalar_objective_is_the_row_objective_with_known_weights(
     a, b, c = (torch.rand(6).double() for _ in range(3))
     objective = (a * plain["nll"] + b * plain["smooth"] + c * plain["lse"] ** 2).sum()
     truth = torch.autograd.grad(objective, list(made.values()))
-    stats, grads = reference.forward_backward(
-        detached(operands), labels, a, b, c, needs_of(operands), 0, True, True
+    needs, wanted = needs_of(operands), Wanted(True, True, True)
+    stats, grads = reference.stats_and_grads(
+        detached(operands), labels, RowWeights(a, b, c), needs, wanted
     )
     torch.testing.assert_close(grads, list(truth))
     torch.testing.assert_close(stats.entropy, plain["entropy"].detach())
@@ -114,7 +110,7 @@ def test_a_wrong_fact_is_noticed() -> None:
     made, labels = leaves(1, False), torch.tensor([0, 10, 3, 3, 7, 1])
     right, wrong = head(made, 2.0, False), head(made, 2.001, False)
     truth = plain_rows(right, labels)["nll"].detach()
-    stats = reference.forward(detached(wrong), labels, 0, False, False, False)
+    stats = reference.row_stats(detached(wrong), labels, Wanted())
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(stats.nll, truth)
 
@@ -122,10 +118,10 @@ def test_a_wrong_fact_is_noticed() -> None:
 def test_only_what_is_asked_for_is_made() -> None:
     made, labels = leaves(1, True), torch.tensor([0, 10, 3, 3, 7, 1])
     operands = detached(head(made, None, False))
-    stats = reference.forward(operands, labels, 0, False, False, False)
+    stats = reference.row_stats(operands, labels, Wanted())
     assert isinstance(stats, RowStats)
     assert [len(value) for value in stats[:5]] == [6, 6, 0, 0, 0]
     needs = Needs([False], [True], False)
     zero = torch.zeros(6).double()
-    grads = reference.backward(operands, labels, stats, zero, zero, None, None, needs, 0)
+    grads = reference.row_grads(operands, labels, stats, Upstream(zero), needs)
     assert [grad.numel() > 0 for grad in grads] == [False, True, False]

@@ -26,8 +26,8 @@ from hf_fused_head import (
     patch_report,
     remove_patch,
 )
-from hf_fused_head.patches.deferred import DeferredLogits
-from hf_fused_head.patches.swap import swapped_modules
+from hf_fused_head.patches.class_swap import swapped_modules
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -102,7 +102,7 @@ def test_a_model_with_compiled_parts_trains_as_stock(
     assert_trains_as(model, stock, inputs)
     assert patch_report(model).fused and last_stats(model).loss.isfinite()
     logits = [each(**inputs).logits for each in (model, stock, exact)]
-    assert isinstance(logits[0], DeferredLogits)
+    assert isinstance(logits[0], LazyLogits)
     assert_close_as_torch("logits", *logits)
     assert remove_patch(model) is model
     original = model.__dict__.get("_orig_mod", model)

@@ -17,7 +17,7 @@ from trains_like import assert_trains_like
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, supported_models
 from hf_fused_head.patches import registry, support
-from hf_fused_head.patches.family import Family
+from hf_fused_head.patches.families.family import Family
 from hf_fused_head.patches.registry import Facts, facts_of, family_of
 
 

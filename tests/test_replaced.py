@@ -24,7 +24,7 @@ from transformers.loss import loss_utils
 from transformers.pytorch_utils import Conv1D
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
-from hf_fused_head.patches.deferred import DeferredLogits
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.newest
 
@@ -196,7 +196,7 @@ def test_the_loss_of_a_class_that_computes_it_itself_is_obeyed(
     fused = apply_patch(copy.deepcopy(stock))
     monkeypatch.setattr(modeling_bart, "CrossEntropyLoss", Doubled)
     output, expected = fused(**batch(stock)), stock(**batch(stock))
-    assert isinstance(output.logits, DeferredLogits)
+    assert isinstance(output.logits, LazyLogits)
     assert output.loss.item() == pytest.approx(expected.loss.item())
     monkeypatch.setattr(nn.functional, "cross_entropy", doubled(nn.functional.cross_entropy))
     with pytest.raises(UnsupportedModelError, match=r"torch.nn.functional.cross_entropy was"):
@@ -315,7 +315,7 @@ def test_a_forward_set_on_the_type_of_a_patched_model_runs(monkeypatch: pytest.M
     with pytest.MonkeyPatch.context() as put:
         put.setattr(type(model), "forward", stock_like)
         assert torch.equal(model(**inputs).loss, 2 * before)
-        assert isinstance(model(**inputs).logits, DeferredLogits)
+        assert isinstance(model(**inputs).logits, LazyLogits)
     assert torch.equal(model(**inputs).loss, before) and "forward" not in Llama.__dict__
     type(model).forward = stock_like
     assert Llama.__dict__["forward"] is stock_like
@@ -390,4 +390,4 @@ def test_what_nobody_replaced_is_fused_without_a_word() -> None:
     model = untied()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(apply_patch(model)(**batch(model)).logits, DeferredLogits)
+        assert isinstance(apply_patch(model)(**batch(model)).logits, LazyLogits)

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from head_cases import fixed_schedule
+from head_cases import fixed_schedule, windows_of
 from oracle import assert_close_as_torch
 from plain_head import Problem, by_ours, by_plain, results, widened
 from torch import Tensor
 
-from hf_fused_head import bounded
+from hf_fused_head import ops
 
-fused = pytest.importorskip("hf_fused_head.fused", reason="needs triton (pip install triton)")
-passes = pytest.importorskip("hf_fused_head.kernels.passes", reason="needs triton")
+passes = pytest.importorskip(
+    "hf_fused_head.engines.triton_engine.passes", reason="needs triton (pip install triton)"
+)
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -63,8 +64,8 @@ def check(
         "windows": fixed_schedule("recompute", chunk_tokens=num_tokens, vocab_window=window),
         "hybrid": fixed_schedule("hybrid", vocab_window=window, kept_share=0.5),
     }.get(name, whole)
-    for engine in (fused, bounded):
-        monkeypatch.setattr(engine, "plan", schedule)
+    windows = windows_of(schedule)
+    monkeypatch.setattr(ops, "plan", lambda problem: windows if problem.windows_only else schedule)
     upstream = torch.tensor(0.75, device=device)
     if name == "per token":
         problem = problem.with_options(reduction="none")

@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import batch, build
 from torch import Tensor, nn
 
-from hf_fused_head import apply_patch, bounded, fused, linear_cross_entropy, patch_report, reference
+from hf_fused_head import apply_patch, linear_cross_entropy, ops, patch_report
 from hf_fused_head.patches import last_stats
+from hf_fused_head.planning.problem import Problem
+from hf_fused_head.planning.schedule import Schedule
 from hf_fused_head.run_record import recording
-from hf_fused_head.schedule import Schedule
 
-ENGINES = {"torch": bounded, "triton": fused, "reference": reference}
+ENGINES = ("torch", "triton", "reference")
 
 
 @pytest.fixture
@@ -26,15 +27,11 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
     """The schedules that the engines have been given, in order."""
     found: list[Schedule] = []
 
-    def spied(plan: Callable[..., Schedule]) -> Callable[..., Schedule]:
-        def spy(**sizes: Any) -> Schedule:
-            found.append(plan(**sizes))
-            return found[-1]
+    def spy(problem: Problem, plan: Callable[[Problem], Schedule] = ops.plan) -> Schedule:
+        found.append(plan(problem))
+        return found[-1]
 
-        return spy
-
-    for engine in ENGINES.values():
-        monkeypatch.setattr(engine, "plan", spied(engine.plan))
+    monkeypatch.setattr(ops, "plan", spy)
     return found
 
 
@@ -96,10 +93,10 @@ def test_the_report_names_the_schedule_of_the_last_forward(
 def test_nobody_plans_a_second_time(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that follows an odd schedule is reported with it."""
     odd = fixed_schedule("recompute", chunk_tokens=7, vocab_window=32)
-    monkeypatch.setattr(ENGINES[impl], "plan", odd)
+    monkeypatch.setattr(ops, "plan", lambda problem: odd)
     model = apply_patch(plain(), impl=impl)
     model(**batch(model)).loss.backward()
-    assert patch_report(model).schedule == str(odd(per_token=False))
+    assert patch_report(model).schedule == str(odd)
 
 
 @pytest.mark.parametrize("impl", ENGINES)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB, Schedule, plan, schedules
+from hf_fused_head.planning.cards import card_of_type
+from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB, Problem, budget_bytes
+from hf_fused_head.planning.schedule import Schedule, plan, schedules
 
 SHAPES = [
     (8192, 4096, 128256),
@@ -20,19 +23,15 @@ SHAPES = [
 WANTED = [(True, True), (True, False), (False, True), (False, False)]
 
 
-def arguments(shape: tuple[int, int, int], **changes: object) -> dict:
-    num_tokens, hidden_size, vocab_size = shape
-    return {
-        "num_tokens": num_tokens,
-        "hidden_size": hidden_size,
-        "vocab_size": vocab_size,
-        "dtype": torch.float32,
-        "impl": "torch",
-        "device_type": "cpu",
-        "grad_hidden": True,
-        "grad_weight": True,
-        **changes,
-    }
+def problem_of(
+    shape: tuple[int, int, int],
+    device_type: str = "cpu",
+    memory_budget_mib: float | None = None,
+    **changes: Any,
+) -> Problem:
+    fields = {"dtype": torch.float32, "impl": "torch", **changes}
+    card, size = card_of_type(device_type), budget_bytes(memory_budget_mib)
+    return Problem(*shape, card=card, budget_bytes=size, **fields)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,10 +42,8 @@ def test_every_schedule_says_truly_whether_it_fits(
     shape: tuple[int, int, int], impl: str, dtype: torch.dtype, mib: float
 ) -> None:
     for wanted, per_token in itertools.product(WANTED, (False, True)):
-        found = schedules(
-            **arguments(shape, impl=impl, dtype=dtype, memory_budget_mib=mib)
-            | {"grad_hidden": wanted[0], "grad_weight": wanted[1], "per_token": per_token}
-        )
+        grads = {"grad_hidden": wanted[0], "grad_weight": wanted[1], "per_token": per_token}
+        found = schedules(problem_of(shape, impl=impl, dtype=dtype, memory_budget_mib=mib, **grads))
         for schedule in found:
             assert schedule.fits == (schedule.workspace_bytes <= mib * 2**20)
             assert 1 <= schedule.chunk_tokens <= shape[0]
@@ -60,16 +57,16 @@ def test_every_schedule_says_truly_whether_it_fits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_memory_is_never_slower(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     plans = [
-        plan(**arguments(shape, dtype=dtype, memory_budget_mib=mib))
+        plan(problem_of(shape, dtype=dtype, memory_budget_mib=mib))
         for mib in (16, 64, 256, 1024, 4096, 16384)
     ]
     assert [p.passes for p in plans] == sorted((p.passes for p in plans), reverse=True)
 
 
 def test_the_plan_is_a_function_of_its_arguments() -> None:
-    assert plan(**arguments(SHAPES[0])) == plan(**arguments(SHAPES[0]))
-    assert plan(**arguments(SHAPES[0])) == plan(
-        **arguments(SHAPES[0], memory_budget_mib=DEFAULT_MEMORY_BUDGET_MIB)
+    assert plan(problem_of(SHAPES[0])) == plan(problem_of(SHAPES[0]))
+    assert plan(problem_of(SHAPES[0])) == plan(
+        problem_of(SHAPES[0], memory_budget_mib=DEFAULT_MEMORY_BUDGET_MIB)
     )
 
 
@@ -86,7 +83,7 @@ def test_the_plan_is_a_function_of_its_arguments() -> None:
     ],
 )
 def test_what_is_needed_decides_the_schedule(changes: dict, name: str, passes: float) -> None:
-    schedule = plan(**arguments((2048, 576, 49152), **changes))
+    schedule = plan(problem_of((2048, 576, 49152), **changes))
     assert (schedule.name, schedule.passes) == (name, passes)
     assert schedule.fits
 
@@ -94,7 +91,7 @@ def test_what_is_needed_decides_the_schedule(changes: dict, name: str, passes: f
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_torch_engine_never_holds_a_quarter_of_the_logits(shape: tuple[int, int, int]) -> None:
     num_tokens, _, vocab_size = shape
-    for schedule in schedules(**arguments(shape, memory_budget_mib=10**9)):
+    for schedule in schedules(problem_of(shape, memory_budget_mib=10**9)):
         columns = vocab_size if schedule.name == "gradient_in_forward" else schedule.vocab_window
         if num_tokens >= 64:
             assert schedule.chunk_tokens * columns * 4 < num_tokens * vocab_size
@@ -102,7 +99,7 @@ def test_the_torch_engine_never_holds_a_quarter_of_the_logits(shape: tuple[int, 
 
 def test_triton_offers_to_keep_a_share() -> None:
     found = schedules(
-        **arguments((8192, 4096, 128256), impl="triton", device_type="cuda", dtype=torch.bfloat16)
+        problem_of((8192, 4096, 128256), impl="triton", device_type="cuda", dtype=torch.bfloat16)
     )
     by_name = {schedule.name: schedule for schedule in found}
     assert set(by_name) == {"gradient_in_forward", "recompute", "hybrid"}
@@ -115,7 +112,7 @@ def test_the_tile_of_a_chunk_is_gone_before_the_heads_gradient_is_rounded() -> N
     """So the two share memory: what is beyond gradients is less than tile and float32 sum."""
     tokens, hidden, vocab = 16384, 1024, 151936
     change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
-    schedule = plan(**arguments((tokens, hidden, vocab), **change, memory_budget_mib=1536))
+    schedule = plan(problem_of((tokens, hidden, vocab), **change, memory_budget_mib=1536))
     assert schedule.name == "gradient_in_forward"
     assert schedule.chunk_tokens == 4096
     tile, float32_sum = 4096 * vocab * 2, vocab * hidden * 4
@@ -126,7 +123,7 @@ def test_the_tile_of_a_chunk_is_gone_before_the_heads_gradient_is_rounded() -> N
 def test_a_budget_that_holds_tile_sum_and_gradient_saves_the_rounding() -> None:
     tokens, hidden, vocab = 16384, 1024, 151936
     change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
-    schedule = plan(**arguments((tokens, hidden, vocab), **change, memory_budget_mib=4096))
+    schedule = plan(problem_of((tokens, hidden, vocab), **change, memory_budget_mib=4096))
     assert (schedule.chunk_tokens, schedule.late_rounding) == (8192, False)
     assert schedule.workspace_bytes >= 8192 * vocab * 2 + vocab * hidden * 4
 
@@ -136,7 +133,7 @@ def test_several_chunks_on_a_gpu_are_no_larger_than_is_fast() -> None:
     change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
     chunks = {
         tokens: [
-            plan(**arguments((tokens, 4096, 128256), **change, memory_budget_mib=mib)).chunk_tokens
+            plan(problem_of((tokens, 4096, 128256), **change, memory_budget_mib=mib)).chunk_tokens
             for mib in (3072, 4096, 6144, 9216)
         ]
         for tokens in (32768, 131072)
@@ -150,7 +147,7 @@ def test_the_products_of_a_chunk_fill_a_gpu(memory_budget_mib: float) -> None:
     change = {"impl": "triton", "device_type": "cuda", "dtype": torch.bfloat16}
     shape = (16384, 1024, 151936)
     schedule = plan(
-        **arguments(shape, **change, grad_weight=False, memory_budget_mib=memory_budget_mib)
+        problem_of(shape, **change, grad_weight=False, memory_budget_mib=memory_budget_mib)
     )
     tiles = schedule.chunk_tokens // 128 * 1024 // 128
     assert tiles / (-(-tiles // 132) * 132) > 7 / 8
@@ -159,27 +156,27 @@ def test_the_products_of_a_chunk_fill_a_gpu(memory_budget_mib: float) -> None:
 def test_a_frozen_matrix_of_a_sum_needs_no_sum_of_its_gradient() -> None:
     shape, low_rank = (2048, 4096, 128256), 16
     change = {"dtype": torch.bfloat16, "device_type": "cuda"}
-    whole = plan(**arguments(shape, **change))
-    adapter = plan(**arguments(shape, **change, grad_columns=low_rank))
+    whole = plan(problem_of(shape, **change))
+    adapter = plan(problem_of(shape, **change, grad_columns=low_rank))
     assert adapter.gradient_bytes < whole.gradient_bytes
     assert adapter.name == "gradient_in_forward"
 
 
 def test_float16_counts_its_float32_gradients() -> None:
-    half = plan(**arguments((2048, 576, 49152), dtype=torch.float16))
-    brain = plan(**arguments((2048, 576, 49152), dtype=torch.bfloat16))
+    half = plan(problem_of((2048, 576, 49152), dtype=torch.float16))
+    brain = plan(problem_of((2048, 576, 49152), dtype=torch.bfloat16))
     assert half.workspace_bytes >= 49152 * 576 * 4
     assert half.gradient_bytes == brain.gradient_bytes
 
 
 def test_the_reference_holds_all_logits() -> None:
-    schedule = plan(**arguments((2048, 576, 49152), impl="reference"))
+    schedule = plan(problem_of((2048, 576, 49152), impl="reference"))
     assert (schedule.chunk_tokens, schedule.vocab_window) == (2048, 49152)
     assert not schedule.fits
 
 
 def test_a_schedule_explains_itself() -> None:
-    schedule = plan(**arguments((2048, 576, 49152), memory_budget_mib=64))
+    schedule = plan(problem_of((2048, 576, 49152), memory_budget_mib=64))
     assert isinstance(schedule, Schedule)
     text = str(schedule)
     assert schedule.name in text
@@ -189,7 +186,6 @@ def test_a_schedule_explains_itself() -> None:
 
 def test_a_gpu_gets_no_window_so_narrow_that_it_waits_for_the_host() -> None:
     """However small the budget is."""
-    sizes = {"num_tokens": 8192, "hidden_size": 1024, "vocab_size": 128256}
-    options = {"dtype": torch.bfloat16, "impl": "triton", "device_type": "cuda"}
-    needs = {"grad_hidden": True, "grad_weight": True, "per_token": True}
-    assert plan(**sizes, **options, **needs, memory_budget_mib=1).vocab_window >= 1024
+    options = {"dtype": torch.bfloat16, "impl": "triton", "device_type": "cuda", "per_token": True}
+    problem = problem_of((8192, 1024, 128256), **options, memory_budget_mib=1)
+    assert plan(problem).vocab_window >= 1024

@@ -28,7 +28,7 @@ from hf_fused_head import (
     remove_patch,
 )
 from hf_fused_head.patches import require_fused
-from hf_fused_head.patches.deferred import DeferredLogits
+from hf_fused_head.patches.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.newest
 
@@ -76,7 +76,7 @@ def test_a_forward_put_on_a_patched_model_stays_fused_if_it_is_like_stock(
     fused, stock = wrap(model), wrap(stock)
     inputs = batch(stock)
     assert patch_report(fused).fused
-    assert isinstance(fused(**inputs).logits, DeferredLogits)
+    assert isinstance(fused(**inputs).logits, LazyLogits)
     with torch.no_grad():
         assert torch.equal(fused(**inputs).logits, stock(**inputs).logits)
     remove_patch(fused)
@@ -108,7 +108,7 @@ def test_wrappers_that_do_not_tell_what_they_wrap_stay_fused() -> None:
     inner, inputs = model.forward, batch(stock)
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     assert_trains_like(model, stock, inputs)
-    assert isinstance(model(**inputs).logits, DeferredLogits)
+    assert isinstance(model(**inputs).logits, LazyLogits)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -139,7 +139,7 @@ def test_a_wrapper_that_looks_like_ours_and_calls_it_stays_fused() -> None:
 
     put(model, forward)
     assert_trains_like(model, stock, batch(stock))
-    assert isinstance(model(**batch(stock)).logits, DeferredLogits)
+    assert isinstance(model(**batch(stock)).logits, LazyLogits)
     remove_patch(model)
     assert model.__dict__["forward"].__func__ is forward and type(model) is Llama
     assert torch.equal(model(**batch(stock)).loss, stock(**batch(stock)).loss)
@@ -157,7 +157,7 @@ def test_a_wrapper_may_change_the_labels() -> None:
     put(model, first_row_only)
     expected = {key: value[:1] for key, value in inputs.items()}
     assert model(**inputs).loss.item() == pytest.approx(stock(**expected).loss.item())
-    assert isinstance(model(**inputs).logits, DeferredLogits)
+    assert isinstance(model(**inputs).logits, LazyLogits)
 
 
 def test_a_stock_forward_kept_from_before_the_patch_and_put_back() -> None:
@@ -168,7 +168,7 @@ def test_a_stock_forward_kept_from_before_the_patch_and_put_back() -> None:
     inner = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert patch_report(inner).fused
     assert_trains_like(inner, build("llama"), batch(inner))
-    assert isinstance(inner(**batch(inner)).logits, DeferredLogits)
+    assert isinstance(inner(**batch(inner)).logits, LazyLogits)
 
 
 def copied(function: Callable[..., Any], module: str = __name__) -> Callable[..., Any]:
@@ -228,7 +228,7 @@ def test_attributes_of_a_patched_model_are_set_as_ever() -> None:
     model = apply_patch(build("llama"))
     model.note, model.extra, model.lm_head = "text", nn.Linear(2, 3), nn.Linear(16, 101)
     assert model.note == "text" and model.extra in model.children()
-    assert isinstance(model(**batch(model)).logits, DeferredLogits)
+    assert isinstance(model(**batch(model)).logits, LazyLogits)
 
 
 def without_labels(model: Any, inputs: Any) -> None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_fused_head import fused
-from hf_fused_head.kernels.call import Call
-from hf_fused_head.options import Operands
+from hf_fused_head.engines.protocol import Operands
+from hf_fused_head.engines.triton_engine import engine as triton_engine
+from hf_fused_head.engines.triton_engine.call import HeadCall
 
 OPERATOR, BACKEND, GLOBAL = "operator", "backend", "global"
 
@@ -53,12 +53,12 @@ def expected(settings: Sequence[Setting]) -> bool:
     return next((value for value in values if value != "none"), "ieee") == "tf32"
 
 
-def fake_call(device: str) -> Call:
+def fake_call(device: str) -> HeadCall:
     """What the engine makes of tensors on `device`, which this machine need not have."""
     with FakeTensorMode():
         hidden, weight = torch.empty(3, 4, device=device), torch.empty(5, 4, device=device)
         labels = torch.empty(3, dtype=torch.int64, device=device)
-    return fused._call(Operands([hidden], [weight], None, None, 1.0, None), labels)
+    return triton_engine._call(Operands([hidden], [weight], None, None, 1.0, None), labels)
 
 
 def readings() -> list[object]:

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import vocab_parallel_contract
-from head_cases import fixed_schedule
+from head_cases import fixed_schedule, windows_of
 from oracle import assert_close_as_torch
 from plain_head import NAMES, Problem, by_plain, plain_logits, results, widened
 from ranks import run_cases
@@ -30,9 +30,11 @@ from vocab_parallel_checks import (
     whole,
 )
 
-from hf_fused_head import linear_cross_entropy_with_stats
+from hf_fused_head import linear_cross_entropy_with_stats, ops
 from hf_fused_head.functional import operand_cross_entropy
 from hf_fused_head.options import LossOptions
+from hf_fused_head.planning import problem as planning
+from hf_fused_head.planning.schedule import Schedule
 
 # Rows and columns that kernels cut in: tiles of a GPU are larger than those of the interpreter.
 UNIT = 256 if torch.cuda.is_available() else 32
@@ -41,6 +43,14 @@ SCHEDULES = {
     "windows": fixed_schedule("recompute", vocab_window=UNIT),
     "hybrid": fixed_schedule("hybrid", vocab_window=UNIT, kept_share=0.5),
 }
+
+
+def planned_as(name: str) -> Callable[[planning.Problem], Schedule]:
+    """A planner that takes this schedule wherever it is allowed."""
+    schedule = SCHEDULES[name]
+    return lambda problem: windows_of(schedule) if problem.windows_only else schedule
+
+
 EVERYTHING = {
     "label_smoothing": 0.1,
     "z_loss": 0.01,
@@ -89,15 +99,14 @@ def each_problem(impl: str, name: str) -> None:
 
 def each_schedule(name: str) -> None:
     """The Triton engine with chunks, windows, and a kept share, which ranks round differently."""
-    from hf_fused_head import fused
-    from hf_fused_head.kernels import passes
+    from hf_fused_head.engines.triton_engine import passes
 
     rows, columns = UNIT + 8, 5 * UNIT - 10
     problem = Problem(shape=(rows,), vocab_size=columns, class_weight=True).with_options(
         label_smoothing=0.1, z_loss=0.01, logit_scale=1.3
     )
     with (
-        mock.patch.object(fused, "plan", SCHEDULES[name]),
+        mock.patch.object(ops, "plan", planned_as(name)),
         mock.patch.object(passes, "MULTIPLE", UNIT),
     ):
         others = [UNIT - 2] * (dist.get_world_size() - 1)
@@ -112,11 +121,10 @@ def parts_of_the_hidden_gradient(impl: str) -> None:
 
 
 def parts_by_schedule(name: str) -> None:
-    from hf_fused_head import fused
-    from hf_fused_head.kernels import passes
+    from hf_fused_head.engines.triton_engine import passes
 
     with (
-        mock.patch.object(fused, "plan", SCHEDULES[name]),
+        mock.patch.object(ops, "plan", planned_as(name)),
         mock.patch.object(passes, "MULTIPLE", UNIT),
     ):
         in_parts(Problem(shape=(UNIT + 8,), vocab_size=5 * UNIT - 10), "triton")

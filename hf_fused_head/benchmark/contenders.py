@@ -19,9 +19,12 @@ from torch import Tensor
 
 from hf_fused_head.benchmark.accuracy import Result
 from hf_fused_head.benchmark.workloads import IGNORE_INDEX, Batch
+from hf_fused_head.engines.select import resolve_impl, triton_obstacle
 from hf_fused_head.functional import linear_cross_entropy
-from hf_fused_head.options import Impl, resolve_impl, triton_obstacle
-from hf_fused_head.schedule import Schedule, plan, schedules
+from hf_fused_head.options import Impl
+from hf_fused_head.planning.cards import card_of
+from hf_fused_head.planning.problem import Problem, budget_bytes
+from hf_fused_head.planning.schedule import Schedule, plan, schedules
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -315,7 +318,7 @@ def schedule_of(entrant: Entrant, batch: Batch, mode: str) -> Schedule | None:
     """The schedule that ours will follow for the batch; None for other contenders."""
     if entrant.impl is None:
         return None
-    return plan(**_plan_arguments(entrant, batch, mode), memory_budget_mib=entrant.budget_mib)
+    return plan(_problem(entrant, batch, mode))
 
 
 def every_schedule(entrant: Entrant, batch: Batch, mode: str) -> list[Entrant]:
@@ -323,29 +326,29 @@ def every_schedule(entrant: Entrant, batch: Batch, mode: str) -> list[Entrant]:
     if entrant.impl is None:
         return [entrant]
     try:
-        arguments = _plan_arguments(entrant, batch, mode)
+        problem = _problem(entrant, batch, mode)
     except NotImplementedError:
         return [entrant]
-    candidates = schedules(**arguments, memory_budget_mib=entrant.budget_mib)
     chosen = {}
-    for candidate in candidates:
+    for candidate in schedules(problem):
         budget = max(1, -(-candidate.workspace_bytes // 2**20))
-        schedule = plan(**arguments, memory_budget_mib=budget)
+        schedule = plan(replace(problem, budget_bytes=budget_bytes(budget)))
         key = (schedule.name, schedule.chunk_tokens, schedule.vocab_window)
         chosen.setdefault(key, ours(entrant.impl, budget))
     return [replace(entry, name=f"{entry.name} {name}") for (name, _, _), entry in chosen.items()]
 
 
-def _plan_arguments(entrant: Entrant, batch: Batch, mode: str) -> dict:
+def _problem(entrant: Entrant, batch: Batch, mode: str) -> Problem:
     hidden = batch.hidden
-    return {
-        "num_tokens": batch.num_valid,
-        "hidden_size": hidden.shape[1],
-        "vocab_size": len(batch.weight),
-        "dtype": hidden.dtype,
-        "impl": impl_of(entrant, batch),
-        "device_type": hidden.device.type,
-        "grad_hidden": mode != "fwd",
-        "grad_weight": mode == "fwd+bwd",
-        "shared_hidden": entrant.group is not None and entrant.group.size() > 1,
-    }
+    return Problem(
+        num_tokens=batch.num_valid,
+        hidden_size=hidden.shape[1],
+        vocab_size=len(batch.weight),
+        dtype=hidden.dtype,
+        impl=impl_of(entrant, batch),
+        card=card_of(hidden.device),
+        grad_hidden=mode != "fwd",
+        grad_weight=mode == "fwd+bwd",
+        sums_hidden=entrant.group is not None and entrant.group.size() > 1,
+        budget_bytes=budget_bytes(entrant.budget_mib),
+    )

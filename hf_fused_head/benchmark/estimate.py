@@ -14,8 +14,11 @@ from rich.table import Table
 from hf_fused_head.benchmark.columns import mebibytes
 from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import WORKLOADS
-from hf_fused_head.options import FLOAT_DTYPES, Choice, resolve_impl
-from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB, plan, schedules
+from hf_fused_head.engines.select import Choice, resolve_impl
+from hf_fused_head.options import FLOAT_DTYPES
+from hf_fused_head.planning.cards import card_of_type
+from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB, Problem, budget_bytes
+from hf_fused_head.planning.schedule import schedules
 
 
 @dataclass(frozen=True)
@@ -174,21 +177,20 @@ def estimate(
         NotImplementedError: If the named `impl` does not support device or dtype.
     """
     choice = _choice(impl, device_type, shape.dtype)
-    arguments = {
-        "num_tokens": num_tokens,
-        "hidden_size": shape.hidden_size,
-        "vocab_size": shape.vocab_size,
-        "dtype": shape.dtype,
-        "impl": choice.impl,
-        "device_type": device_type,
-        "grad_hidden": True,
-        "grad_weight": not frozen_head,
-        "per_token": per_token,
-        "memory_budget_mib": memory_budget_mib,
-        "shared_hidden": shared_hidden,
-    }
-    chosen = plan(**arguments)
-    candidates = schedules(**arguments)
+    problem = Problem(
+        num_tokens=num_tokens,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        dtype=shape.dtype,
+        impl=choice.impl,
+        card=card_of_type(device_type),
+        grad_weight=not frozen_head,
+        per_token=per_token,
+        sums_hidden=shared_hidden,
+        budget_bytes=budget_bytes(memory_budget_mib),
+    )
+    candidates = schedules(problem)
+    chosen = candidates[0]
     options = [
         Option(
             candidate.name,

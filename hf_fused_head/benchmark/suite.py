@@ -21,7 +21,7 @@ from hf_fused_head.benchmark.workloads import (
     Workload,
     make_batch,
 )
-from hf_fused_head.schedule import DEFAULT_MEMORY_BUDGET_MIB
+from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB
 
 
 @dataclass(frozen=True)

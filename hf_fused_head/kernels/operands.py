@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,23 +47,6 @@ class Head(NamedTuple):
         return [first, (self.low, self.low_weight)]
 
 
-class Attempt(NamedTuple):
-    """A call that begins before the host knows how many labels count.
-
-    The first product is launched on all rows and finds the verdict on the device; the host hears it
-    while that product runs, so no gap opens between the two.
-    """
-
-    labels: Tensor  # [T] int64, -1 where none counts, -2 where it is out of range
-    many_ignored: Tensor | None  # one int32 on the device: not 0 if the product must not run
-    goes_on: Callable[[], bool]  # the same for the host, which waits; raises for a wrong label
-    kept_rows: Callable[[], Tensor]  # the rows that count, int64, once the host has waited
-
-
-class Abandoned(Exception):
-    """So many rows are ignored that the caller should leave them out and call again."""
-
-
 class RowSums(NamedTuple):
     """Sums over one vocabulary tile each, [tiles of V, T] float32; None where not asked for.
 
@@ -97,22 +79,6 @@ class RowGradient(NamedTuple):
     gamma: Tensor | None
     eta: Tensor | None
     entropy: Tensor | None
-
-
-class RowWeights(NamedTuple):
-    """The scalar objective `sum_t nll nll_t + smooth smooth_t + z lse_t^2`, [T] float32 each."""
-
-    nll: Tensor
-    smooth: Tensor | None
-    z: Tensor | None
-
-    def rows(self, rows: slice) -> RowWeights:
-        """The same vectors over some of the rows."""
-        return RowWeights(*(None if t is None else t[rows] for t in self))
-
-    def without(self, ignored: Tensor) -> RowWeights:
-        """The same vectors, zero where `ignored`, [T] bool."""
-        return RowWeights(*(None if t is None else t.masked_fill(ignored, 0.0) for t in self))
 
 
 class RowOutputs(NamedTuple):

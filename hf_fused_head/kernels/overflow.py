@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fused_head.kernels.operands import Head, RowOutputs, RowWeights
+from hf_fused_head.kernels.operands import Head, RowOutputs
 from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of
 from hf_fused_head.kernels.statistics import finish_rows
 from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
+from hf_fused_head.objective import RowWeights
 
 
 @triton.jit

@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fused_head.kernels.epilogue import LOWEST
-from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums, RowWeights
+from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums
 from hf_fused_head.kernels.product import LOG2E
 from hf_fused_head.kernels.tuning import cdiv
+from hf_fused_head.objective import RowWeights
 
 # Above this sum of exp(z - z_y), 44 nats of loss, a row is made again around its maximum: exponents
 # and their products with weights stay far inside bfloat16's and float32's range.

@@ -1,0 +1,1 @@
+"""impl="torch": bounded memory on any device, by plain torch operations."""

@@ -1,0 +1,202 @@
+"""impl="torch": bounded memory on any device, by plain torch operations.
+
+Logits exist as one tile at a time, in float32 whatever the inputs, and both gradients accumulate in
+float32, so results do not depend on how the tokens were cut. Two orders of work (`schedule.plan`):
+
+    gradient_in_forward   chunks of tokens with whole rows: logits, statistics and gradient follow
+                          each other in the same memory; 3 products
+    recompute             statistics first; then windows of the vocabulary, whose piece of the
+                          weight's gradient is finished at once: 4 products, no [V, H] sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.engines.protocol import Needs, Operands, Speculation
+from hf_fused_head.engines.torch_engine.products import Gradients, Products
+from hf_fused_head.engines.torch_engine.tiles import (
+    RowStatistics,
+    Scratch,
+    exponentials,
+    finish_gradient,
+)
+from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted, row_gradient
+from hf_fused_head.planning.cards import card_of_type
+from hf_fused_head.planning.schedule import Schedule
+
+
+def speculate(*_: object) -> None:
+    """Nothing to gain: this engine waits for the host."""
+
+
+def row_stats(
+    operands: Operands,
+    labels: Tensor,
+    wanted: Wanted,
+    schedule: Schedule,
+    speculation: Speculation | None = None,
+) -> RowStats:
+    """See `Engine.row_stats`: one pass over the whole head that keeps only row statistics."""
+    chunk, window = schedule.chunk_tokens, schedule.vocab_window
+    local_vocab_size = operands.local_vocab_size
+    products = Products(operands, chunk, window)
+    memory = products.empty(chunk * window)
+    scratch = _scratch(memory, window)
+    parts = []
+    for rows in _slices(labels.shape[0], chunk):
+        statistics = RowStatistics(operands, labels[rows], memory, wanted)
+        for columns in _slices(local_vocab_size, window):
+            tile = _tile(memory, rows, columns)
+            products.logits(rows, columns, tile)
+            for part in _blocks(tile, window):
+                statistics.update(tile[part], columns.start, scratch, part)
+        parts.append(statistics.finish()[0])
+    return _joined(parts)
+
+
+def stats_and_grads(
+    operands: Operands,
+    labels: Tensor,
+    weights: RowWeights,
+    needs: Needs,
+    wanted: Wanted,
+    schedule: Schedule,
+    speculation: Speculation | None = None,
+) -> tuple[RowStats, list[Tensor]]:
+    """See `Engine.stats_and_grads`."""
+    wanted = wanted._replace(smooth=weights.smooth is not None)
+    grads = Gradients(operands, needs, schedule, keep_half=True)
+    if schedule.name == "gradient_in_forward":
+        stats = _gradient_in_forward(operands, labels, weights, grads, schedule, wanted)
+    else:
+        stats = row_stats(operands, labels, wanted, schedule)
+        _recompute(operands, labels, stats, weights.upstream(stats.lse), grads, schedule)
+    return stats, grads.results()
+
+
+def row_grads(
+    operands: Operands,
+    labels: Tensor,
+    stats: RowStats,
+    upstream: Upstream,
+    needs: Needs,
+    schedule: Schedule,
+) -> list[Tensor]:
+    """See `Engine.row_grads`."""
+    grads = Gradients(operands, needs, schedule, keep_half=False)
+    _recompute(operands, labels, stats, upstream, grads, schedule)
+    return grads.results()
+
+
+def _gradient_in_forward(
+    operands: Operands,
+    labels: Tensor,
+    weights: RowWeights,
+    grads: Gradients,
+    schedule: Schedule,
+    wanted: Wanted,
+) -> RowStats:
+    """Chunks of tokens, each finished before the next: logits become their gradient in place."""
+    chunk, window = schedule.chunk_tokens, schedule.vocab_window
+    local_vocab_size = operands.local_vocab_size
+    products = Products(operands, chunk, window)
+    memory = products.empty(chunk * local_vocab_size)
+    scratch = _scratch(memory, local_vocab_size)
+    weights = RowWeights(*grads.into_range(operands, *weights))
+    windows = list(_slices(local_vocab_size, window))
+    parts = []
+    for rows in _slices(labels.shape[0], chunk):
+        tile = _tile(memory, rows, slice(0, local_vocab_size))
+        for columns in windows:
+            products.logits(rows, columns, tile[:, columns])
+        for part in _blocks(tile, operands.shard.largest(local_vocab_size)):
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            statistics = RowStatistics(operands, labels[here], memory, wanted)
+            exps = statistics.update(tile[part], 0, scratch, slice(None))
+            stats, share = statistics.finish()
+            parts.append(stats)
+            gradient = row_gradient(
+                stats._replace(correction=share),
+                weights.rows(here).upstream(stats.lse),
+                operands.vocab_size,
+                operands.class_weight,
+            ).scaled(operands.logit_scale)
+            finish_gradient(
+                tile[part], exps, gradient, stats.entropy, operands, labels[here], 0, scratch
+            )
+            grads.add_bias(tile[part], slice(0, local_vocab_size), rows.start + part.start == 0)
+        for columns in windows:
+            grads.add(products, rows, columns, tile[:, columns])
+            if grads.by_window:
+                grads.settle_weight(columns)
+        grads.settle_hidden(rows)
+    grads.settle_rest()
+    return _joined(parts)
+
+
+def _recompute(
+    operands: Operands,
+    labels: Tensor,
+    stats: RowStats,
+    upstream: Upstream,
+    grads: Gradients,
+    schedule: Schedule,
+) -> None:
+    """Windows of the vocabulary, each with all tokens: logits once more, then their gradient."""
+    chunk, window = schedule.chunk_tokens, schedule.vocab_window
+    products = Products(operands, chunk, window)
+    memory = products.empty(chunk * window)
+    scratch = _scratch(memory, window)
+    upstream = Upstream(*grads.into_range(operands, *upstream))
+    gradient = row_gradient(stats, upstream, operands.vocab_size, operands.class_weight)
+    gradient = gradient.scaled(operands.logit_scale)
+    for columns in _slices(operands.local_vocab_size, window):
+        for rows in _slices(labels.shape[0], chunk):
+            tile = _tile(memory, rows, columns)
+            products.logits(rows, columns, tile)
+            for part in _blocks(tile, window):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                block, entropy = tile[part], stats.entropy[here]
+                exps = exponentials(block, stats.lse[here], operands.softcap, scratch)
+                part_gradient = gradient.rows(here)
+                place = (labels[here], columns.start, scratch)
+                finish_gradient(block, exps, part_gradient, entropy, operands, *place)
+                grads.add_bias(block, columns, here.start == 0)
+            grads.add(products, rows, columns, tile)
+        grads.settle_weight(columns)
+    grads.settle_rest()
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _tile(memory: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The start of `memory` as a contiguous tile."""
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    return memory[: shape[0] * shape[1]].view(shape)
+
+
+def _blocks(tile: Tensor, columns: int) -> Iterator[slice]:
+    """Rows of a tile that are worked on together, as many as of one with so many columns."""
+    row_bytes = columns * tile.element_size()
+    size = card_of_type(tile.device.type).block_bytes
+    return _slices(tile.shape[0], max(1, size // row_bytes))
+
+
+def _scratch(memory: Tensor, columns: int) -> Scratch:
+    size = card_of_type(memory.device.type).block_bytes
+    rows = max(1, size // (columns * memory.element_size()))
+    return Scratch(min(memory.numel(), rows * columns), memory)
+
+
+def _joined(parts: list[RowStats]) -> RowStats:
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return RowStats(*(torch.cat([t for t in column if t is not None]) for column in columns))

@@ -1,0 +1,1 @@
+"""One file of facts for each family of models; a family without a fact needs no file."""
