@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hf_fused_head.engines.select import resolve_impl
 
@@ -138,22 +139,29 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
     outer = target.get_output_embeddings()
     head = innermost_head(outer)
     base = getattr(head, "base_layer", head)
-    weight = getattr(base, "weight", None)
-    embeddings = target.get_input_embeddings()
+    weight, embeddings = _stored(base, "weight"), target.get_input_embeddings()
     return PatchReport(
         fused=True,
         reason="forwards with labels compute the loss inside the head",
         family="" if family is None else family.name,
         scale=facts.logit_scale,
         softcap=facts.softcap,
-        bias=getattr(base, "bias", None) is not None,
-        tied=weight is not None and getattr(embeddings, "weight", None) is weight,
+        bias=_stored(base, "bias") is not None,
+        tied=weight is not None and _stored(embeddings, "weight") is weight,
         wrapper=_wrapper(outer, head),
         sharding=_sharding(weight, state.last),
         kernel=_kernel(state, weight, head),
         schedule=_schedule(state),
         last_loss=state.last_loss,
     )
+
+
+def _stored(module: Any, name: str) -> Any:
+    """A parameter as it is kept: to compute a parametrised one may change its module."""
+    if isinstance(module, nn.Module) and parametrize.is_parametrized(module, name):
+        parametrizations: Any = module.parametrizations
+        return next(parametrizations[name].parameters(), None)
+    return getattr(module, name, None)
 
 
 def _wrapper(outer: nn.Module, head: nn.Module) -> str:

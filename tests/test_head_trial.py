@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_loss import in_float64
 from tiny_models import batch, build
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MinMaxObserver, MovingAverageMinMaxObserver
@@ -249,3 +250,14 @@ def test_the_first_step_under_autocast_loses_no_gradient() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch(model)).loss.backward()
     assert model.lm_head[1].weight.grad is not None
+
+
+def test_a_plain_head_with_a_spectral_norm_runs_as_often_as_in_stock() -> None:
+    """Reading its weight in training moves it, so the report must not."""
+    stock = build("llama", tie_word_embeddings=False, num_hidden_layers=1).train()
+    nn.utils.parametrizations.spectral_norm(stock.lm_head)
+    fused, inputs = apply_patch(copy.deepcopy(stock)), batch(stock)
+    for _ in range(2):
+        assert_trains_like(fused, stock, inputs, in_float64(stock))
+        assert patch_report(fused).fused
+    assert same(state_of(fused), state_of(stock))
