@@ -278,7 +278,7 @@ def _loss_and_rows(
         return objective.reduce(*rows[:3]), rows
     rows, grads = ops.stats_and_grads(_detached(head), objective.row_weights(), needs, wanted)
     loss = objective.reduce(*rows[:3])
-    finished = [grad for grad, need in zip(grads, needed, strict=False) if need]
+    finished = [grads[index] for index, need in enumerate(needed) if need]
     apply = TransformedLoss.apply if transformed else FinishedLoss.apply
     loss, _ = apply(loss, needed, head.group != "", *parameters, *finished)
     return loss, rows

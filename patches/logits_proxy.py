@@ -353,7 +353,7 @@ def _keeps_all(index: Any, shape: torch.Size) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     return len(parts) <= len(shape) and all(
         isinstance(part, slice) and part.indices(size) == (0, size, 1)
-        for part, size in zip(parts, shape, strict=False)
+        for part, size in zip(parts, shape[: len(parts)], strict=True)
     )
 
 
