@@ -56,9 +56,12 @@ def apply_patch(
     `model(..., labels=labels)` then returns the stock loss and the stock gradients. Without labels
     the forward is the stock one. Called again, it takes the new options.
 
-    Every pass with labels is held to a loss out of the head, whatever is done to the model later:
-    another head is taken over, a forward that somebody puts on the instance or the class runs
-    inside ours, and where the loss then comes from elsewhere `strict` decides.
+    Every forward with labels must take its loss out of the head, whatever is done to the model
+    later: another head is taken over; a forward that somebody puts on the instance, on the class or
+    on the head's class runs inside ours; a loss function that somebody replaced, also in a module
+    of transformers or torch, is refused. A forward that renames or makes its labels is fused where
+    they reach the forward of transformers below it, and refused where its loss comes from
+    elsewhere. In training a forward without labels warns once: a loss from its logits is not fused.
 
     Args:
         model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.
@@ -77,7 +80,7 @@ def apply_patch(
 
     Raises:
         UnsupportedModelError: If the model cannot be fused. What only a forward can tell is raised
-            by the first forward with labels, which leaves the model stock.
+            by the first forward with a loss, which leaves the model stock.
         ValueError: If an option is out of range.
     """
     options = PatchOptions(
@@ -239,7 +242,7 @@ def fused_model_class(base: type) -> type:
         return stock_loss_function(self) if state is None else loss_function_of(self, state)
 
     def set_loss_function(self: Any, value: Any) -> None:
-        found = inspect.getattr_static(base, "loss_function")
+        found = base.loss_function
         if isinstance(found, property):
             found.__set__(self, value)
         else:
@@ -288,8 +291,14 @@ def _defines_forward(cls: type) -> bool:
 def _adopt_model(model: Any, state: PatchState) -> None:
     """Swaps the classes of the model and of its head."""
     class_swap.swap(model, fused_model_class, state)
-    ours: Any = class_swap.swapped_class(type(model))
-    ours._fused_loss_property = ours._fused_base.loss_function
-    ours._fused_loss_getter = ours._fused_base.loss_function.fget
+    _follow(class_swap.swapped_class(type(model)))
     wrappers.compose(model, run_model)
     adopt_head(model, state)
+
+
+def _follow(ours: Any) -> None:
+    """Takes over what somebody has replaced on the stock class since ours was made of it."""
+    base = ours._fused_base
+    ours._fused_loss_property = base.loss_function
+    ours._fused_loss_getter = base.loss_function.fget
+    ours.__dict__["forward"].__signature__ = inspect.signature(base.forward)

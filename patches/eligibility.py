@@ -94,12 +94,11 @@ def stock_loss_function(model: Any) -> Any:
         return _traced_loss_function(model, ours)
     if ours is None:
         return model.loss_function
-    base = ours.__dict__["_fused_base"]
-    attribute = inspect.getattr_static(base, "loss_function")
-    if isinstance(attribute, property) and attribute.fget is not None:
-        return attribute.fget(model)
+    attribute = ours.__dict__["_fused_base"].loss_function
+    if isinstance(attribute, property):
+        return attribute.__get__(model)
     # Somebody has put a method in the place of the property.
-    return model.__dict__.get("loss_function", base.loss_function.__get__(model))
+    return model.__dict__.get("loss_function", attribute.__get__(model))
 
 
 def _traced_loss_function(model: Any, ours: Any) -> Any:

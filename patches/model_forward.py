@@ -216,9 +216,9 @@ def _check_stock_output(model: Any, state: PatchState, output: Any, outermost: b
         _note_unfused(
             state,
             f"{type(model).__name__} was called in training without labels, so a loss from its "
-            "logits is not fused: pass `labels` to the model; where a Trainer takes them away, for "
-            "label smoothing or compute_loss_func, use FusedHeadTrainer, or label_smoothing= of "
-            "apply_patch",
+            "logits is not fused: pass `labels` to the model; where a Trainer takes them away to "
+            "smooth them, use FusedHeadTrainer, or label_smoothing= of apply_patch; where "
+            "compute_loss_func does, leave it out",
         )
 
 

@@ -64,6 +64,8 @@ def facts_of(model: Any, family: Family | None) -> Facts:
     """Scale and cap as the model's config states them now."""
     if family is None:
         return Facts()
+    if family.scale_field is None and family.softcap_field is None:
+        return Facts(own_loss=family.own_loss, unshifted=family.unshifted)
     config = model.config.get_text_config()
     scale = 1.0
     if family.scale_field is not None:

@@ -105,7 +105,9 @@ def conflicting_patch(model: nn.Module) -> str | None:
 
 
 def _conflict_remedy(function: Any) -> str | None:
-    package = module_of(function).split(".")[0]
+    package = module_of(function).partition(".")[0]
+    if package in ("transformers", *_TRANSPARENT):
+        return None
     for rival, remedy in _CONFLICTING.items():
         if package == rival or package.startswith(f"{rival}_"):
             return remedy

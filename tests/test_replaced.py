@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -321,6 +322,19 @@ def test_a_forward_set_on_the_type_of_a_patched_model_runs(monkeypatch: pytest.M
     assert Llama.__dict__["forward"] is stock_like
     assert torch.equal(remove_patch(model)(**inputs).loss, 2 * before)
     del Llama.forward
+
+
+def test_a_later_patch_shows_the_signature_of_the_replaced_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stock Trainer keeps the columns of the data that it names."""
+    apply_patch(untied())
+
+    def forward(self: Any, input_ids: Any = None, labels: Any = None, weights: Any = None) -> Any:
+        return transformers.LlamaForCausalLM.forward(self, input_ids=input_ids, labels=labels)
+
+    monkeypatch.setattr(Llama, "forward", forward, raising=False)
+    assert "weights" in inspect.signature(apply_patch(untied()).forward).parameters
 
 
 REPLACED_FIRST = {
