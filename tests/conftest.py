@@ -47,6 +47,17 @@ def fresh_accelerate() -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_tf32() -> Iterator[None]:
+    """A Trainer with `tf32` or `torch_compile` turns TF32 on for a process: not for other tests."""
+    holders = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [holder.fp32_precision for holder in holders]
+    yield
+    for holder, precision in zip(holders, before, strict=True):
+        if holder.fp32_precision != precision:
+            holder.fp32_precision = precision
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test starts from the same random state, whatever ran before it on the same worker."""
     torch.manual_seed(0)

@@ -11,7 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_fused_head.kernels.epilogue import epilogue, labels_among, load_rows, store_sums
 from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
 from hf_fused_head.kernels.product import accumulate_product, tile_position
-from hf_fused_head.kernels.tuning import TileConfig, cdiv, interpreted, low_rank_block
+from hf_fused_head.kernels.tuning import (
+    TileConfig,
+    cdiv,
+    interpreted,
+    low_rank_block,
+    product_precision,
+)
 
 # Sizes that change from batch to batch or from window to window must not compile a kernel each.
 _VARYING = ["num_tokens", "vocab_size", "vocab_start"]
@@ -383,7 +389,7 @@ def _launch(
         "BLOCK_H": config.block_h,
         "BLOCK_R": low_rank_block(rank),
         "GROUP_T": config.group_t,
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "PRECISION": product_precision(allow_tf32),
         "UPCAST": upcast,
         "EXACT": head.hidden.dtype == torch.float32,
         "num_warps": config.num_warps,

@@ -9,7 +9,13 @@ from torch import Tensor
 from hf_fused_head.kernels.operands import Head, RowOutputs
 from hf_fused_head.kernels.product import LOG2E, accumulate_product, logits_of
 from hf_fused_head.kernels.statistics import finish_rows
-from hf_fused_head.kernels.tuning import OVERFLOW_BLOCK, cdiv, interpreted, low_rank_block
+from hf_fused_head.kernels.tuning import (
+    OVERFLOW_BLOCK,
+    cdiv,
+    interpreted,
+    low_rank_block,
+    product_precision,
+)
 from hf_fused_head.objective import RowWeights
 
 
@@ -285,7 +291,7 @@ def launch_overflow(
         BLOCK=OVERFLOW_BLOCK,
         BLOCK_H=32,
         BLOCK_R=low_rank_block(rank),
-        PRECISION="tf32" if allow_tf32 else "ieee",
+        PRECISION=product_precision(allow_tf32),
         UPCAST=interpreted(),
         num_warps=4,
         num_stages=2,

@@ -91,6 +91,16 @@ def knows_gluon() -> bool:
     return GLUON[0] <= version < GLUON[1]
 
 
+def product_precision(allow_tf32: bool) -> str:
+    """How `tl.dot` multiplies float32 operands.
+
+    A single TF32 product cuts operands off where cuBLAS rounds them, and lost five times as much of
+    a loss as stock did (one H200): three of them keep float32's digits and still need no more time
+    than the plain arithmetic units. Only NVIDIA cards have them.
+    """
+    return "tf32x3" if allow_tf32 and torch.version.hip is None else "ieee"
+
+
 def allows_tf32(device: torch.device) -> bool:
     """Whether float32 products on `device` may round their operands to TF32, as torch's own may.
 

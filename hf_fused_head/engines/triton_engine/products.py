@@ -148,8 +148,16 @@ def stored_gradients(
     for (_, weight), dhidden in zip(pairs, totals.hidden, strict=True):
         if dhidden is not None:
             product(tile, weight, dhidden, accumulate=False)
-            direction = None if gamma is None else torch.sum(weight, 0, dtype=torch.float32)
+            direction = None if gamma is None else _column_sums(weight)
             launch_scale_rows(dhidden, dhidden, factor, gamma, direction)
+
+
+def _column_sums(matrix: Tensor) -> Tensor:
+    """[N, M] -> [M] float32, by a product: `torch.sum` would make a float32 copy of the matrix."""
+    ones = matrix.new_ones((1, matrix.shape[0]))
+    out = torch.empty((1, matrix.shape[1]), dtype=torch.float32, device=matrix.device)
+    product(ones, matrix, out, accumulate=False)
+    return out[0]
 
 
 def _write_smoothing(tile: Tensor, scaled: Tensor, num_tokens: int, spread: Tensor) -> None:
