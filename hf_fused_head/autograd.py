@@ -22,8 +22,10 @@ from torch.autograd import Function
 
 from hf_fused_head import ops
 from hf_fused_head.engines.protocol import Needs
+from hf_fused_head.flops import register_formulas
 from hf_fused_head.objective import RowStats, Upstream, Wanted
 from hf_fused_head.ops import HeadArguments
+from hf_fused_head.records import unflatten
 from hf_fused_head.transforms import eager_only, in_transform, is_batch_of_gradients, loop
 
 
@@ -53,7 +55,8 @@ def may_be_differentiated() -> bool:
 def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """Every gradient times the upstream scalar, with no pass and no memory that is not needed."""
     copied = torch.compiler.is_compiling() or may_be_differentiated()
-    if copied or is_batch_of_gradients(upstream):
+    # A fake tensor has no number to read and none that a kernel could.
+    if copied or type(upstream) is not Tensor or is_batch_of_gradients(upstream):
         return [grad * upstream for grad in grads]
     # Reading the number is free on the CPU; elsewhere it would wait for the device.
     if upstream.device.type == "cpu" and upstream.item() == 1.0:
@@ -231,9 +234,7 @@ class RowLosses(Function):
         """`pairs` are inputs, then as many weights."""
         head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
         stats: Any = tuple(ops.row_stats(head, wanted))
-        ctx.config, ctx.wanted, ctx.needs = config, wanted, needs
-        ctx.mark_non_differentiable(*stats[4:])
-        ctx.save_for_backward(*_Rows.to_save(ctx, stats, labels, class_weight, bias, pairs))
+        _Rows.of(head, stats).keep(ctx, wanted, needs)
         return stats
 
     @staticmethod
@@ -257,12 +258,10 @@ class TransformedRowLosses(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keeps operands and statistics, for either mode."""
-        ctx.config, ctx.wanted, ctx.needs, labels, class_weight, bias, *pairs = inputs
+        config, wanted, needs, labels, class_weight, bias, *pairs = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[4:])
-        saved = _Rows.to_save(ctx, output, labels, class_weight, bias, pairs)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
+        ctx.save_for_forward(*_Rows.of(head, output).keep(ctx, wanted, needs))
 
     @staticmethod
     @eager_only
@@ -294,19 +293,21 @@ class _Rows(NamedTuple):
     inputs: list[Tensor]
     weights: list[Tensor]
 
-    @staticmethod
-    def to_save(
-        ctx: Any,
-        stats: Sequence[Tensor],
-        labels: Tensor,
-        class_weight: Tensor | None,
-        bias: Tensor | None,
-        pairs: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """The tensors in the order in which `saved` finds them."""
-        ctx.has_class_weight, ctx.has_bias = class_weight is not None, bias is not None
-        optional = [tensor for tensor in (class_weight, bias) if tensor is not None]
-        return [*stats, labels, *optional, *pairs]
+    @classmethod
+    def of(cls, head: HeadArguments, stats: Sequence[Tensor]) -> _Rows:
+        """The statistics of a head."""
+        inputs, weights, bias, class_weight, labels, *config = head
+        return cls(tuple(config), stats, labels, class_weight, bias, inputs, weights)
+
+    def keep(self, ctx: Any, wanted: Wanted, needs: Needs) -> list[Tensor]:
+        """Keeps all of it in `ctx`; the tensors, in the order in which `saved` finds them."""
+        ctx.config, ctx.wanted, ctx.needs = self.config, wanted, needs
+        ctx.has_class_weight, ctx.has_bias = self.class_weight is not None, self.bias is not None
+        ctx.mark_non_differentiable(*self.stats[4:])
+        optional = [tensor for tensor in (self.class_weight, self.bias) if tensor is not None]
+        tensors = [*self.stats, self.labels, *optional, *self.inputs, *self.weights]
+        ctx.save_for_backward(*tensors)
+        return tensors
 
     @classmethod
     def saved(cls, ctx: Any) -> _Rows:
@@ -322,6 +323,7 @@ class _Rows(NamedTuple):
         self, upstream: Sequence[Tensor | None], wanted: Wanted, needs: Needs
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
         """Of inputs, weights and bias; `upstream` is that of nll, lse, smooth and entropy."""
+        register_formulas()
         nll, lse = (torch.zeros_like(self.stats[0]) if g is None else g for g in upstream[:2])
         smooth = upstream[2] if wanted.smooth else None
         entropy = upstream[3] if wanted.entropy else None
@@ -376,6 +378,25 @@ class _Rows(NamedTuple):
             tangent(index) if want else torch.zeros_like(self.stats[index])
             for index, want in enumerate(asked)
         ]
+
+
+def _keep_exported(ctx: Any, inputs: Any, output: Any) -> None:
+    """As `RowLosses.forward`, for the flat arguments of the operator."""
+    head, wanted = unflatten(inputs, HeadArguments, Wanted)
+    of_inputs, of_weights = ([t.requires_grad for t in side] for side in head[:2])
+    needs = Needs(of_inputs, of_weights, head.bias is not None and head.bias.requires_grad)
+    _Rows.of(head, output).keep(ctx, wanted, needs)
+
+
+def _exported_backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+    """As `RowLosses.backward`, with the gradients in the order of the operator."""
+    gradients = _Rows.saved(ctx).gradients(upstream, ctx.wanted, ctx.needs)
+    return *gradients, None, None, *(None for _ in (*ctx.config, *ctx.wanted))
+
+
+# For programs by torch.export, which keep the derivatives of operators alone. Elsewhere a function
+# around the operator takes less time of the host (read at torch 2.13).
+ops._row_stats.register_autograd(_exported_backward, setup_context=_keep_exported)
 
 
 def halves(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -17,6 +17,7 @@ from hf_fused_head.autograd import (
 )
 from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
 from hf_fused_head.engines.protocol import Needs
+from hf_fused_head.flops import register_formulas
 from hf_fused_head.objective import Objective, RowStats, Wanted
 from hf_fused_head.ops import HeadArguments
 from hf_fused_head.options import (
@@ -263,6 +264,7 @@ def _loss_and_rows(
     head: HeadArguments, config: tuple[Any, ...], objective: Objective, wanted: Wanted
 ) -> tuple[Tensor, RowStats]:
     """The loss, connected to what is differentiated, and the statistics of its rows."""
+    register_formulas()
     transformed = in_transform()
     parameters = [*head.inputs, *head.weights, *([] if head.bias is None else [head.bias])]
     needed = tuple(is_differentiated(parameter) for parameter in parameters)
@@ -271,6 +273,9 @@ def _loss_and_rows(
         return objective.reduce(*rows[:3]), rows
     pairs, bias_needed = len(head.inputs), head.bias is not None and needed[-1]
     needs = Needs(list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed)
+    if torch.compiler.is_exporting():
+        rows = ops.row_stats(head, wanted)
+        return objective.reduce(*rows[:3]), rows
     if objective.options.reduction == "none":
         apply = TransformedRowLosses.apply if transformed else RowLosses.apply
         operands = (head.labels, head.class_weight, head.bias, *head.inputs, *head.weights)
@@ -314,7 +319,9 @@ def _autocast(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """The operands as `F.linear` would see them under the caller's autocast."""
     device_type = pairs[0][0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    # The meta device has no autocast.
+    available = torch.amp.is_autocast_available(device_type)
+    if not (available and torch.is_autocast_enabled(device_type)):
         return pairs, bias
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -3,7 +3,7 @@
 An engine sees only rows that count. Here the labels are checked, ignored rows are dropped before
 and put back after, the schedule is planned and the engine is looked up by its name. Sizes that
 depend on data stay inside the operators, so `torch.compile` sees fixed shapes whatever the labels
-are. No operator has an autograd formula: a second derivative raises instead of being wrong.
+are. Their derivatives are attached in `autograd`; a second one raises instead of being wrong.
 Under `torch.vmap` an operator runs once for each part of the batch.
 
     row_stats        statistics of every token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -130,7 +131,8 @@ class FusedForward(LossForward):
             target = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
         else:
             target = shift_labels
-        rows = hidden.shape[:-1].numel()
+        # `torch.Size.numel` would make a constant of a length that torch.export leaves open.
+        rows = math.prod(hidden.shape[:-1])
         if target.numel() != rows:
             raise RowCountError(
                 f"the head must get a hidden state for each label, got {rows} for "
@@ -159,7 +161,8 @@ class FusedForward(LossForward):
     def _note(self, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
-        if state.options.stats:
+        # Tensors of torch.export are no values.
+        if state.options.stats and not torch.compiler.is_exporting():
             # The stock forward may add to the loss in place, so the statistics keep their own.
             loss = result.stats.loss.detach().clone()
             # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.

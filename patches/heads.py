@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fused_head.distributed.dtensor import is_dtensor, is_sharded
 from hf_fused_head.engines.select import Choice
@@ -198,6 +199,12 @@ def _loss_in_chunks(
             "chunks of tokens, must not run under torch.vmap: call the model for each part of the "
             "batch, or without the patch (remove_patch)"
         )
+    if hidden.is_meta or isinstance(hidden, FakeTensor):
+        raise UnsupportedModelError(
+            f"a {type(head).__name__} head that is not taken apart must be run on tensors with "
+            "values, got tensors of the meta device, FakeTensorMode or torch.export: its chunks "
+            "depend on the labels; leave the model stock for that (remove_patch)"
+        )
     kind = fingerprint(head)
     if kind not in trials and hidden.numel():
         trials[kind] = try_out(head, forward, hidden)
@@ -244,7 +251,8 @@ def _linear_operands(kind: str, head: Any, hidden: Tensor) -> LinearOperands | N
         pairs = [(rows.hidden, rows.weight)]
         return LinearOperands(pairs, rows.bias, weight.shape[0], rows.group, rows.complete_hidden)
     # A quantised weight is a tensor subclass or no float: only the layer knows how to use it.
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    plain = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+    if not plain or not weight.is_floating_point():
         return None
     if weight.dim() != 2:
         return None

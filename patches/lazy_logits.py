@@ -36,6 +36,7 @@ class Pending:
         self.make: Callable[..., Tensor] = make
         self.requires_grad = requires_grad
         self.hooks: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
+        self.node: Any = None
         self._value: Tensor | None = None
 
     @property
@@ -51,8 +52,8 @@ class Pending:
         return value
 
     def grad_fn(self) -> Any:
-        """None while there is no tensor: DDP asks, and leaves alone what has none."""
-        return None if self._value is None else self._value.grad_fn
+        """That of the tensor; before, `node`: DDP asks, and leaves alone what has none."""
+        return self.node if self._value is None else self._value.grad_fn
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> RemovableHandle:
         """A hook on the gradient; FSDP hangs one on every output that requires grad."""
@@ -188,6 +189,12 @@ def _deferred_result(
         return _derived(logits, Tensor.clone, (), logits.dtype, True)
     if func is Tensor.contiguous and plain:
         return logits
+    if func is Tensor.view_as and len(args) == 1 and args[0] is logits:
+        # Multi-gradient hooks, as of FlopCounterMode, take the node of a tensor from a view of it,
+        # to ask whether a backward runs it. None runs that of a tensor which has not been made.
+        view = _derived(logits, Tensor.view, (logits.shape,), logits.dtype, True)
+        view._pending.node = torch.zeros((), requires_grad=True).clone().grad_fn
+        return view
     if func in _CASTS and plain:
         return _cast(logits, _CASTS[func])
     if func is Tensor.to and "copy" not in kwargs and len(args) < 4:
@@ -272,6 +279,15 @@ class UnavailableLogits:
         raise LogitsUnavailableError(
             f"`{func.__name__}` of the logits of a compiled or replicated fused forward: {REMEDY}"
         )
+
+
+# A node without leaves, so that torch.export takes and saves it as a part of the output.
+pytree.register_pytree_node(
+    UnavailableLogits,
+    lambda logits: ([], None),
+    lambda children, context: UnavailableLogits(),
+    serialized_type_name="hf_fused_head.UnavailableLogits",
+)
 
 
 class ReplicaLogits(UnavailableLogits):

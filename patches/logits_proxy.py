@@ -224,7 +224,7 @@ class LogitsProxy:
             unknown = [size for size in wanted if size == -1]
             if len(unknown) <= 1 and all(ours in (-1, own) for ours, own in pairs):
                 return self
-        rows, vocab_size = self.shape[:-1].numel(), self.shape[-1]
+        rows, vocab_size = math.prod(self.shape[:-1]), self.shape[-1]
         if wanted in ((-1, vocab_size), (rows, vocab_size)) and not self.owner.loss_returned:
             flat = torch.Size((rows, vocab_size))
             return LogitsProxy(self.loss, self.owner, flat, self.dtype, self.device, self.steps)

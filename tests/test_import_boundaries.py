@@ -42,10 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run_record": {"engines.select", "planning"},
     "ops": LEAVES | PLANNING | {"objective", "engines.protocol", "engines.select", "run_record"},
-    "autograd": {"ops", "objective", "engines.protocol", "transforms"},
+    "flops": {"ops", "objective", "engines.protocol", "records"},
+    "autograd": {"ops", "flops", "objective", "engines.protocol", "records", "transforms"},
     "functional": LEAVES
     | PLANNING
-    | {"ops", "autograd", "objective", "engines.protocol", "validation"},
+    | {"ops", "flops", "autograd", "objective", "engines.protocol", "validation"},
     "nn": {"functional", "options"},
     "patches": LEAVES | PLANNING | {"functional", "nn", "engines.select", "run_record"},
     "trainer": LEAVES | {"functional", "patches", "distributed.sharded_checkpoint"},

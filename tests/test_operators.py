@@ -21,7 +21,7 @@ def head_arguments(needs_grad: bool) -> HeadArguments:
 
 
 def test_the_operators_keep_their_contracts() -> None:
-    # No autograd formula is registered on purpose, so that test of opcheck does not apply.
+    # Gradients are ours to attach, so opcheck's test of registrations for autograd does not apply.
     checks = ("test_schema", "test_faketensor")
     row = torch.rand(21)
     head, wanted = head_arguments(False), Wanted(True, True, True)
@@ -36,7 +36,12 @@ def test_the_operators_keep_their_contracts() -> None:
         torch.library.opcheck(operator, tuple(flatten(*records)), test_utils=checks)
 
 
-def test_the_operators_have_no_derivative_of_their_own() -> None:
-    nll = ops.row_stats(head_arguments(True), Wanted()).nll
+def test_the_derivative_of_an_operator() -> None:
+    """Exported programs have that of `row_stats`; gradients that are made beside have none."""
+    head = head_arguments(True)
+    (grad,) = torch.autograd.grad(ops.row_stats(head, Wanted()).nll.sum(), head.inputs)
+    assert grad.shape == head.inputs[0].shape
+    weights, needs = RowWeights(torch.rand(21), None, None), Needs([True], [True], True)
+    stats, _ = ops.stats_and_grads(head, weights, needs, Wanted())
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        nll.sum().backward()
+        stats.nll.sum().backward()
