@@ -16,10 +16,10 @@ from hf_fused_head.benchmark.workloads import Workload, make_batch
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
 
-def assert_passes(check: str, place: str) -> None:
+def assert_passes(*check: str, place: str) -> None:
     """Fails with what the worker says; settings are those of a process, so it is one of its own."""
     done = subprocess.run(
-        [sys.executable, str(TESTS / "tf32_worker.py"), check],
+        [sys.executable, str(TESTS / "tf32_worker.py"), *check],
         capture_output=True,
         text=True,
         timeout=500,
@@ -30,12 +30,14 @@ def assert_passes(check: str, place: str) -> None:
 
 def test_the_engine_reads_tf32_by_every_api_and_changes_no_setting() -> None:
     """Each setting and each pair of them, in both orders."""
-    assert_passes("reads", "cpu")
+    assert_passes("reads", place="cpu")
 
 
 @pytest.mark.gpu
-def test_kernels_round_to_tf32_where_products_of_torch_do() -> None:
-    assert_passes("computes", "shared")
+@pytest.mark.parametrize("settings", [(), *((i,) for i in range(12)), (0, 6), (1, 5), (10, 1)])
+def test_kernels_round_to_tf32_where_products_of_torch_do(settings: tuple[int, ...]) -> None:
+    """After `SETTINGS` of the worker: each alone, and mixtures of the APIs."""
+    assert_passes("computes", *map(str, settings), place="shared")
 
 
 def test_the_truth_of_the_benchmark_needs_no_older_api(monkeypatch: pytest.MonkeyPatch) -> None:

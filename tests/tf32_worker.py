@@ -1,4 +1,4 @@
-"""Run by test_tf32.py in a process of its own, whose children each make some settings of TF32."""
+"""Run by test_tf32.py in processes of their own, each of which makes some settings of TF32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = [
-    # The older API. The numbers of its bits are those of float32 products everywhere.
+    # The older API.
     Setting("torch.backends.cuda.matmul.allow_tf32 = True", OPERATOR, "tf32"),
     Setting("torch.backends.cuda.matmul.allow_tf32 = False", OPERATOR, "ieee"),
     Setting("torch.set_float32_matmul_precision('medium')", OPERATOR, "tf32"),
@@ -94,30 +94,30 @@ def computes(settings: Sequence[Setting]) -> None:
     from hf_fused_head.functional import linear_cross_entropy
 
     # A bit below the last one that TF32 keeps, in logits that are all the same.
-    hidden = torch.full((256, 256), 1 + 2.0**-12, device="cuda")
-    weight = torch.zeros((256, 256), device="cuda")
+    size = 1024
+    hidden = torch.full((size, size), 1 + 2.0**-12, device="cuda")
+    weight = torch.zeros((size, size), device="cuda")
     weight[:, 0] = 64.0
-    labels = torch.zeros(256, dtype=torch.int64, device="cuda")
+    labels = torch.zeros(size, dtype=torch.int64, device="cuda")
     stock_rounds = not torch.equal(hidden @ weight.T, 64 * hidden)
     # The label's own logit is never rounded, so that the loss shows it if the others are.
     loss = linear_cross_entropy(hidden, weight, labels, impl="triton")
-    even = torch.tensor(256.0, device="cuda").log()
+    even = torch.tensor(float(size), device="cuda").log()
     assert stock_rounds == expected(settings)
     assert ((loss - even).abs() > 2.0**-7).item() == stock_rounds
 
 
-def main(
-    check: Callable[[Sequence[Setting]], None], combinations: list[tuple[Setting, ...]]
-) -> None:
-    """`check` after each combination of settings, every one in a process that has made no other."""
+def in_children(combinations: list[tuple[Setting, ...]]) -> int:
+    """`reads` after each combination, in a process that has made no other; how many failed."""
+    # What the first fake tensor imports takes seconds, which no child should repeat.
+    fake_call("cpu")
     failures = 0
     for settings in combinations:
         child = os.fork()
         if child == 0:
             try:
-                for setting in settings:
-                    exec(setting.statement)
-                check(settings)
+                make(settings)
+                reads(settings)
             except BaseException:
                 print("; ".join(setting.statement for setting in settings), file=sys.stderr)
                 traceback.print_exc()
@@ -125,17 +125,19 @@ def main(
                 os._exit(1)
             os._exit(0)
         failures += os.waitpid(child, 0)[1] != 0
-    print(f"{len(combinations)} combinations, {failures} failures")
-    sys.exit(failures > 0)
+    return failures
+
+
+def make(settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        exec(setting.statement)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    pairs = list(itertools.permutations(SETTINGS, 2))
     if sys.argv[1] == "reads":
-        # What the first fake tensor imports takes seconds, which no child should repeat.
-        fake_call("cpu")
-        main(reads, [(), *itertools.permutations(SETTINGS, 1), *pairs])
-    older, newer = SETTINGS[:5], SETTINGS[5:]
-    mixed = [(older[0], newer[1]), (older[1], newer[0]), (newer[5], older[1])]
-    main(computes, [(), *itertools.permutations(SETTINGS, 1), *mixed])
+        alone = [(), *itertools.permutations(SETTINGS, 1)]
+        sys.exit(in_children([*alone, *itertools.permutations(SETTINGS, 2)]) > 0)
+    chosen = [SETTINGS[int(index)] for index in sys.argv[2:]]
+    make(chosen)
+    computes(chosen)
