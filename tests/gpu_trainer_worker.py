@@ -187,9 +187,9 @@ def arguments(folder: Path, changes: dict[str, Any]) -> Any:
 
 
 class Run(NamedTuple):
-    """What a trainer logged, and how far it moved the weights."""
+    """Losses of training, then of evaluation, and how far the weights moved."""
 
-    logged: dict[str, Tensor]
+    losses: Tensor
     moved: dict[str, Tensor | None]
 
 
@@ -207,14 +207,30 @@ def run(trainer_class: type, model: nn.Module, args: Any, **options: Any) -> Run
     trainer.evaluate()
     # A step that fp16's scaler skips compares nothing.
     assert not trainer.accelerator.optimizer_step_was_skipped
-    logged = {}
-    # By all losses together: one alone may be near the truth by luck.
-    for name, keys in (("losses", ("loss", "eval_loss")), ("norms", ("grad_norm",))):
-        history = trainer.state.log_history
-        values = [entry[key] for entry in history for key in keys if key in entry]
-        logged[name] = torch.tensor(values, dtype=torch.float64)
+    history, keys = trainer.state.log_history, ("loss", "eval_loss")
+    losses = [entry[key] for key in keys for entry in history if key in entry]
     moved = {name: p.detach().cpu() - start[name] for name, p in trained.items()}
-    return Run(logged, moved)
+    return Run(torch.tensor(losses, dtype=torch.float64), moved)
+
+
+def precision(args: Any) -> torch.dtype:
+    """A dtype with as many digits as products have."""
+    tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if args.bf16:
+        return torch.bfloat16
+    # TF32 has the digits of float16.
+    return torch.float16 if args.fp16 or tf32 else torch.float32
+
+
+def assert_losses_close(ours: Tensor, stock: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Fails unless losses are as near to the truth as stock's, or as rounding leaves them.
+
+    The errors of tokens cancel in the mean of a batch, more or less as luck has it. Where stock has
+    luck its budget is what they leave on average.
+    """
+    average = torch.finfo(dtype).eps * truth.abs().max() / (ROWS * LENGTH / STEPS) ** 0.5
+    worst = torch.maximum((stock - truth).abs().max(), average)
+    assert_close_as_torch("losses", ours.float(), truth + worst, truth)
 
 
 def main(name: str, folder: Path) -> None:
@@ -231,9 +247,8 @@ def main(name: str, folder: Path) -> None:
     ours = run(FusedHeadTrainer, model, args, **options)
     report = patch_report(model)
     assert report.fused, report
-    assert len(truth.logged["losses"]) == STEPS + 1 and len(truth.logged["norms"]) == STEPS
-    for key, exact in truth.logged.items():
-        assert_close_as_torch(key, ours.logged[key].float(), stock.logged[key].float(), exact)
+    assert len(truth.losses) == STEPS + 1
+    assert_losses_close(ours.losses, stock.losses, truth.losses, precision(args))
     assert_gradients_close(ours.moved, stock.moved, truth.moved)
 
 
