@@ -18,6 +18,7 @@ passes = pytest.importorskip(
 )
 tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -93,7 +94,6 @@ def capped_head(
     return {name: tensor.to(place) for name, tensor in made.items()}
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # By the share of smoothing in the gradient: by the option, or since the labels weigh little.
 NEAR_ONE = {
     **{str(share): {"label_smoothing": share} for share in (0.1, 0.5, 0.9, 0.99, 1.0)},

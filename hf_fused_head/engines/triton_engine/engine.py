@@ -47,8 +47,6 @@ from hf_fused_head.planning.workspace import TRITON_SUMS_BYTES
 
 # Compute capabilities of the devices on which the tests of this engine have passed.
 _VERIFIED = {(9, 0)}
-# The largest share of label smoothing that is subtracted after the rounding of a stored tile.
-_LARGEST_LATE_SMOOTHING = 0.5
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

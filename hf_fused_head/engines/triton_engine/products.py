@@ -12,8 +12,8 @@ from hf_fused_head.kernels.operands import Head, Rounding, Totals
 from hf_fused_head.kernels.rows import launch_scale_rows
 from hf_fused_head.kernels.tuning import TileConfig
 
-# Rows appended to a stored tile for label smoothing, whose gradient has rank one. Some are used;
-# eight keep the product's depth aligned.
+# Rows appended to a stored tile for label smoothing, whose gradient has rank one. Eight keep the
+# product's depth aligned; one for each part of the split digits is used.
 EXTRA_ROWS = 8
 _SPREAD_ROWS = 3
 # cuBLAS fills the card by splitting the sum of a small result, and then rounds the parts to the

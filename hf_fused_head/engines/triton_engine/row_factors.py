@@ -47,7 +47,7 @@ def in_half_range(call: HeadCall, gradient: RowGradient) -> tuple[RowGradient, T
 
 
 def smoothing_factor(call: HeadCall, smooth_weight: Tensor | None) -> Tensor | None:
-    """What smoothing subtracts from the stored exponents' gradient, per unit of class weight."""
+    """What smoothing subtracts from every column of the stored exponents' gradient."""
     if smooth_weight is None:
         return None
     gamma = smooth_weight * (call.head.logit_scale / call.vocab_size)
