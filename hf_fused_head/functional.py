@@ -117,8 +117,9 @@ def linear_cross_entropy(
     Raises:
         ValueError: If shapes disagree, an option is out of range or a label is no class.
         TypeError: If dtypes are wrong.
-        NotImplementedError: If the named `impl` does not support the inputs, with `process_group`
-            in forward mode or while a CUDA graph is captured; where a second derivative is taken.
+        NotImplementedError: If the named `impl` does not support the inputs; for class
+            probabilities, K-dimensional heads and torch's chunking options; with `process_group` in
+            forward mode or while a CUDA graph is captured; where a second derivative is taken.
         RuntimeError: If the ranks of `process_group` do not mean the same loss, or another one has
             raised one of the above.
 
