@@ -94,9 +94,8 @@ def knows_gluon() -> bool:
 def product_precision(allow_tf32: bool) -> str:
     """How `tl.dot` multiplies float32 operands.
 
-    A single TF32 product cuts operands off where cuBLAS rounds them, and lost five times as much of
-    a loss as stock did (one H200): three of them keep float32's digits and still need no more time
-    than the plain arithmetic units. Only NVIDIA cards have them.
+    A single TF32 product missed the error budget of stock's in the tests on one H200; three of them
+    keep more digits. Their time has not been measured. They are asked for on NVIDIA cards alone.
     """
     return "tf32x3" if allow_tf32 and torch.version.hip is None else "ieee"
 
