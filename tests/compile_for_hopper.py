@@ -1,26 +1,30 @@
-"""Compiles Hopper's Gluon kernels for such a card on a machine without one; prints what it takes.
+"""Compiles the kernels for a Hopper card on a machine without one; prints what each takes.
 
-One line a variant: its name, bytes of shared memory, bytes of stack a thread.
+One line for each variant: its name, bytes of shared memory, bytes of stack a thread.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from hf_fused_head.kernels import head, last_product, pingpong
-from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
-from hf_fused_head.kernels.tuning import PINGPONG
+from hf_fused_head.kernels import head, overflow, rows, statistics, tuning
+from hf_fused_head.kernels.operands import Head, RowFactors, RowOutputs, RowSums
+from hf_fused_head.kernels.tuning import TileConfig
+from hf_fused_head.objective import RowWeights
 
 TOKENS, HIDDEN, VOCAB, RANK = 256, 128, 512, 16
 OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -29,9 +33,10 @@ OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjd
 class Compiling:
     """A kernel that is compiled where it would be launched."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self.kernel = getattr(module, name)
         self.compiled: Any = None
+        setattr(module, name, self)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self._compile, grid=grid)
@@ -48,6 +53,92 @@ def stack_bytes(binary: bytes) -> int:
     return int(re.findall(r"STACK:(\d+)", usage)[-1])
 
 
+def matrix(num_rows: int, num_columns: int) -> Tensor:
+    return torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
+
+
+HIDDEN_STATES, WEIGHT, STORE = matrix(TOKENS, HIDDEN), matrix(VOCAB, HIDDEN), matrix(TOKENS, VOCAB)
+ROW, LABELS = torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.int64)
+SUMS = torch.empty(VOCAB, TOKENS)
+SKIP = torch.empty(1, dtype=torch.int32)
+PLAIN = Head(HIDDEN_STATES, WEIGHT, None, None, None, None, 1.0, None)
+EVERYTHING = Head(
+    HIDDEN_STATES,
+    WEIGHT,
+    matrix(TOKENS, RANK),
+    matrix(VOCAB, RANK),
+    WEIGHT[:, 0].contiguous(),
+    torch.empty(VOCAB),
+    2.0,
+    30.0,
+)
+ALL_SUMS = RowSums(SUMS, SUMS, SUMS, SUMS, ROW)
+ALL_FACTORS = RowFactors(ROW, ROW, ROW, ROW, ROW, ROW)
+
+
+def head_kernels(kernel: Compiling, config: TileConfig) -> Iterator[tuple[str, Any]]:
+    """The variants of a kernel around the head's product; other sizes must not add one."""
+    kinds = (("stored", PLAIN, RowSums(SUMS, None, None, None, None)),)
+    kinds += (("statistics", PLAIN, RowSums(SUMS, SUMS, None, SUMS, ROW)),)
+    kinds += (("everything", EVERYTHING, ALL_SUMS),)
+    for name, of, sums in kinds:
+        head.launch_exponents(of, LABELS, 0, ROW, sums, STORE, config, False, SKIP)
+        yield name, kernel.compiled
+        part, window = of.rows(slice(0, 31)).window(slice(0, 383)), STORE[:31, :383]
+        first, kernel.compiled = kernel.compiled, None
+        head.launch_exponents(part, LABELS, 1, ROW, sums, window, config, False, SKIP)
+        if kernel.compiled.hash != first.hash:
+            raise RuntimeError(f"{name}: other sizes compile another kernel")
+    head.launch_gradient(EVERYTHING, LABELS, 0, ALL_FACTORS, STORE, config, False)
+    yield "gradient", kernel.compiled
+
+
+def row_kernels() -> Iterator[tuple[str, Any]]:
+    """The kernels that start from rows, without and with every option."""
+    anchor = Compiling(rows, "_anchor_kernel")
+    finish = Compiling(statistics, "_finish_kernel")
+    again = Compiling(overflow, "_overflow_kernel")
+    marks = torch.empty(TOKENS, dtype=torch.int32)
+    correct = torch.empty(TOKENS, dtype=torch.bool)
+    few = RowOutputs(ROW, ROW, None, None, None, None, None, marks)
+    every = RowOutputs(ROW, ROW, ROW, ROW, correct, ROW, ROW, marks)
+    weights = RowWeights(ROW, ROW, ROW)
+    for name, of, outputs, rest in (
+        ("loss", PLAIN, few, (None, None, few, None)),
+        ("everything", EVERYTHING, every, (ROW, weights, every, STORE)),
+    ):
+        slope = None if of.softcap is None else ROW
+        sums = ALL_SUMS if outputs is every else RowSums(SUMS, None, None, None, None)
+        rows.launch_anchor(of, LABELS, ROW, slope, SKIP)
+        yield f"anchor_{name}", anchor.compiled
+        statistics.launch_finish(of, LABELS, ROW, ROW, slope, sums, VOCAB, *rest)
+        yield f"finish_{name}", finish.compiled
+        overflow.launch_overflow(of, LABELS, ROW, slope, *rest, False)
+        yield f"overflow_{name}", again.compiled
+
+
+def gluon_kernels() -> Iterator[tuple[str, Any]]:
+    """The cooperative kernels."""
+    from hf_fused_head.kernels import cooperative, last_product
+
+    config = tuning.COOPERATIVE._replace(num_programs=132)
+    yield from head_kernels(Compiling(cooperative, "_head_cooperative_kernel"), config)
+    kernel = Compiling(last_product, "_last_product_kernel")
+    total = torch.empty(VOCAB, HIDDEN)
+    last_product.launch_last_product(STORE, HIDDEN_STATES, total, WEIGHT, config)
+    yield "last_product", kernel.compiled
+
+
+def triton_kernels() -> Iterator[tuple[str, Any]]:
+    """The others, which every supported Triton compiles."""
+    config = tuning.HOPPER._replace(num_programs=132)
+    for name, compiled in head_kernels(Compiling(head, "_head_descriptor_kernel"), config):
+        yield f"descriptor_{name}", compiled
+    for name, compiled in head_kernels(Compiling(head, "_head_pointer_kernel"), tuning.PORTABLE):
+        yield f"pointer_{name}", compiled
+    yield from row_kernels()
+
+
 def main() -> None:
     target = GPUTarget("cuda", 90, 32)
     driver.set_active(
@@ -57,43 +148,9 @@ def main() -> None:
             get_current_target=lambda: target,
         )
     )
-    kernel = Compiling(pingpong._head_pingpong_kernel)
-    pingpong._head_pingpong_kernel = kernel
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16)
-
-    hidden, weight, store = matrix(TOKENS, HIDDEN), matrix(VOCAB, HIDDEN), matrix(TOKENS, VOCAB)
-    row, labels = torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.int64)
-    sums = torch.empty(VOCAB // PINGPONG.block_v, TOKENS)
-    plain = Head(hidden, weight, None, None, None, None, 1.0, None)
-    low = (
-        matrix(TOKENS, RANK),
-        matrix(VOCAB, RANK),
-        weight[:, 0].contiguous(),
-        row.new_empty(VOCAB),
-    )
-    everything = Head(hidden, weight, *low, 2.0, 30.0)
-    config = PINGPONG._replace(num_programs=132)
-    skip = torch.empty(1, dtype=torch.int32)
-    for name, of, parts in (
-        ("stored", plain, RowSums(sums, None, None, None, None)),
-        ("statistics", plain, RowSums(sums, sums, None, sums, row)),
-        ("everything", everything, RowSums(sums, sums, sums, sums, row)),
-        ("gradient", everything, RowGradient(row, row, row, row, row, row)),
-    ):
-        if isinstance(parts, RowSums):
-            head.launch_exponents(of, labels, 0, row, parts, store, config, False, skip)
-        else:
-            head.launch_gradient(of, labels, 0, parts, store, config, False)
-        compiled = kernel.compiled
+    kernels = gluon_kernels if sys.argv[1] == "gluon" else triton_kernels
+    for name, compiled in kernels():
         print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
-    kernel = Compiling(last_product._last_product_kernel)
-    last_product._last_product_kernel = kernel
-    total = torch.empty(VOCAB, HIDDEN)
-    last_product.launch_last_product(store, hidden, total, weight, config)
-    compiled = kernel.compiled
-    print("last_product", compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused head; of this package they import `distributed` alone.
+"""Triton kernels of the fused head, and the functions that launch them.
 
 Axis letters in names of sizes, blocks and comments:
 
@@ -6,24 +6,25 @@ Axis letters in names of sizes, blocks and comments:
     H  hidden: the axis that the head's product sums over (R for the rank of a low-rank second pair)
     V  vocabulary: rows of the head's weight, columns of the logits
 
-A tile of the logits is `[BLOCK_T, BLOCK_V]`. Every kernel that makes logits makes a tile of them in
-registers, reduces it there, and writes either nothing, or the exponents, or the gradient of the
-logits: never the logits themselves.
+`vocab_size` is the size of the whole head, `local_vocab_size` the rows of the weight that a launch
+receives: this rank's shard of the head, or a window of it that starts at `vocab_start`. A row's
+anchor is the logit around which its exponents are taken: the target's, or a larger one where those
+would overflow.
 
-    call.py        the tensors of one call, and memory for what is made from them
-    operands.py    what the kernels read and write, by name
-    product.py     how a tile of logits is accumulated: raster, products, bias, scale, softcap
-    epilogue.py    what happens to it in registers: row sums, exponents, gradient
-    head.py        the persistent (descriptor) and the plain (pointer) kernel around the two
-    pingpong.py    the persistent kernel of Hopper cards, in Gluon, around the same epilogue
+A tile of the logits is `[BLOCK_T, BLOCK_V]`. Every kernel that computes logits holds one tile of
+them in registers, reduces it there, and writes either nothing, or the exponents, or the gradient of
+the logits: never the logits themselves.
+
+    operands.py      what the kernels read and write, by name
+    arguments.py     records that a kernel takes as one argument each
+    tuning.py        the tile for a card and a dtype
+    product.py       how a tile of logits is accumulated: raster, products, bias, scale, softcap
+    epilogue.py      what happens to it in registers: row sums, exponents, gradient
+    head.py          the descriptor (persistent) and the pointer kernel around the two
+    cooperative.py   the persistent kernel of Hopper cards, in Gluon, around the same epilogue
     last_product.py  a product that completes a float32 sum and rounds it, in Gluon
-    hopper.py      what these two share: the ring of operands and the loop over it
-    rows.py        which labels count, the logit of the label, scaling by row
-    statistics.py  sums of tiles to statistics of rows
-    overflow.py    rows whose exponents overflowed, made again around their maximum
-    merging.py     sums of the tiles of all ranks, for a head that is cut along the vocabulary
-    factors.py     what a row of the logits' gradient is made of
-    gradients.py   stored tiles to gradients, by cuBLAS and `last_product`
-    passes.py      the passes of one call, in the order that a schedule asks for
-    tuning.py      which tile a card and a dtype get
+    hopper.py        what these two share: the ring of operands and the loop over it
+    rows.py          which labels count, the label's logit, scaling by rows
+    statistics.py    from the sums of tiles to the statistics of rows
+    overflow.py      rows whose exponents overflowed, computed again around their maximum
 """

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_head.kernels.epilogue import epilogue, labels_among, load_rows, store_sums
-from hf_fused_head.kernels.operands import Head, RowGradient, RowSums
+from hf_fused_head.kernels.arguments import (
+    Launch,
+    LogitOptions,
+    StoredTile,
+    low_pair_of,
+    options_of,
+    pair_of,
+    stored_tile,
+)
+from hf_fused_head.kernels.epilogue import finish_tile
+from hf_fused_head.kernels.operands import Head, RowFactors, RowSums
 from hf_fused_head.kernels.product import accumulate_product, tile_position
 from hf_fused_head.kernels.tuning import (
     TileConfig,
@@ -20,7 +31,9 @@ from hf_fused_head.kernels.tuning import (
 )
 
 # Sizes that change from batch to batch or from window to window must not compile a kernel each.
-_VARYING = ["num_tokens", "vocab_size", "vocab_start"]
+_VARYING = ["num_tokens", "local_vocab_size", "vocab_start"]
+_NO_SUMS = RowSums(*[None] * len(RowSums._fields))
+_NO_GRADIENT = RowFactors(*[None] * len(RowFactors._fields))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -28,32 +41,17 @@ def _head_descriptor_kernel(
     hidden_desc,
     weight_desc,
     store_desc,
-    low_ptr,
-    low_weight_ptr,
+    low_pair,
     labels_ptr,
-    bias_ptr,
-    class_weight_ptr,
-    shift_ptr,
-    total_ptr,
-    entropy_sum_ptr,
-    smooth_sum_ptr,
-    best_ptr,
-    target_shifted_ptr,
-    alpha_ptr,
-    target_ptr,
-    gamma_ptr,
-    eta_ptr,
-    entropy_ptr,
+    anchor_ptr,
+    sums,
+    gradient,
     skip_ptr,
-    logit_scale,
-    softcap,
+    logit_options,
     num_tokens,
-    vocab_size,
+    local_vocab_size,
     vocab_start,
     hidden_size,
-    rank,
-    stride_low_t,
-    stride_low_weight_v,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -68,11 +66,24 @@ def _head_descriptor_kernel(
 ):
     """Persistent: program i owns tiles i, i + NUM_PROGRAMS, ... of the logits.
 
-    Loads go through tensor descriptors, which fill with zero outside the matrices; the finished
-    tile leaves through one too (clipped there), in two halves when shared memory is short.
+    Writes the row sums of every tile or, with `gradient`, none; and what `epilogue` makes of the
+    tile, if there is a store. Loads go through tensor descriptors, which fill with zero outside the
+    matrices. The tile is stored through one too, which clips it, in two halves when shared memory
+    is short.
     """
+    sums, gradient = RowSums(*sums), RowFactors(*gradient)
+    launch = Launch(
+        num_tokens,
+        local_vocab_size,
+        labels_ptr,
+        anchor_ptr if gradient.lse is None else gradient.lse,
+        vocab_start,
+        LogitOptions(*logit_options),
+        sums,
+        gradient,
+    )
     num_tiles_t = tl.cdiv(num_tokens, BLOCK_T)
-    num_tiles_v = tl.cdiv(vocab_size, BLOCK_V)
+    num_tiles_v = tl.cdiv(local_vocab_size, BLOCK_V)
     # A second tile counter for the epilogue lets the loads of the next tile run ahead of it.
     tile_done = tl.program_id(0) - NUM_PROGRAMS
     num_tiles = num_tiles_t * num_tiles_v
@@ -93,54 +104,20 @@ def _head_descriptor_kernel(
         pid_t, pid_v = tile_position(tile_done, num_tiles_t, num_tiles_v, GROUP_T)
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        if low_ptr is not None:
+        if low_pair is not None:
             acc = accumulate_product(
                 acc,
-                low_ptr,
-                low_weight_ptr,
-                stride_low_t,
-                stride_low_weight_v,
+                low_pair,
                 offs_t,
                 offs_v,
                 num_tokens,
-                vocab_size,
-                rank,
+                local_vocab_size,
                 BLOCK_R,
                 False,
                 PRECISION,
                 UPCAST,
             )
-        first_v = pid_v * BLOCK_V
-        labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
-        tile, sums = epilogue(
-            acc,
-            offs_t,
-            offs_v,
-            first_v,
-            labels,
-            shift,
-            labels_among(labels, first_v, first_v + BLOCK_V, vocab_start),
-            num_tokens,
-            vocab_size,
-            vocab_start,
-            bias_ptr,
-            class_weight_ptr,
-            logit_scale,
-            softcap,
-            total_ptr,
-            entropy_sum_ptr,
-            smooth_sum_ptr,
-            best_ptr,
-            target_shifted_ptr,
-            alpha_ptr,
-            target_ptr,
-            gamma_ptr,
-            eta_ptr,
-            entropy_ptr,
-            EXACT,
-        )
-        pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
-        store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
+        tile = finish_tile(acc, launch, offs_t, offs_v, pid_v * BLOCK_V, EXACT)
         if store_desc is not None:
             out = tile.to(store_desc.dtype)
             if HALVES:
@@ -154,38 +131,18 @@ def _head_descriptor_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _head_pointer_kernel(
-    hidden_ptr,
-    weight_ptr,
-    store_ptr,
-    low_ptr,
-    low_weight_ptr,
+    pair,
+    store,
+    low_pair,
     labels_ptr,
-    bias_ptr,
-    class_weight_ptr,
-    shift_ptr,
-    total_ptr,
-    entropy_sum_ptr,
-    smooth_sum_ptr,
-    best_ptr,
-    target_shifted_ptr,
-    alpha_ptr,
-    target_ptr,
-    gamma_ptr,
-    eta_ptr,
-    entropy_ptr,
+    anchor_ptr,
+    sums,
+    gradient,
     skip_ptr,
-    logit_scale,
-    softcap,
+    logit_options,
     num_tokens,
-    vocab_size,
+    local_vocab_size,
     vocab_start,
-    hidden_size,
-    rank,
-    stride_low_t,
-    stride_low_weight_v,
-    stride_hidden_t,
-    stride_weight_v,
-    stride_store_t,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -196,89 +153,63 @@ def _head_pointer_kernel(
     UPCAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Any card: one program owns one tile of the logits, loads and stores through pointers."""
+    """Any card: one program owns one tile of the logits; writes as the descriptor kernel does."""
     # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
     if skip_ptr is not None:  # noqa: SIM102
         if tl.load(skip_ptr) != 0:
             return
+    sums, gradient = RowSums(*sums), RowFactors(*gradient)
+    launch = Launch(
+        num_tokens,
+        local_vocab_size,
+        labels_ptr,
+        anchor_ptr if gradient.lse is None else gradient.lse,
+        vocab_start,
+        LogitOptions(*logit_options),
+        sums,
+        gradient,
+    )
     num_tiles_t = tl.cdiv(num_tokens, BLOCK_T)
-    num_tiles_v = tl.cdiv(vocab_size, BLOCK_V)
+    num_tiles_v = tl.cdiv(local_vocab_size, BLOCK_V)
     pid_t, pid_v = tile_position(tl.program_id(0), num_tiles_t, num_tiles_v, GROUP_T)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     acc = accumulate_product(
         acc,
-        hidden_ptr,
-        weight_ptr,
-        stride_hidden_t,
-        stride_weight_v,
+        pair,
         offs_t,
         offs_v,
         num_tokens,
-        vocab_size,
-        hidden_size,
+        local_vocab_size,
         BLOCK_H,
         EVEN_H,
         PRECISION,
         UPCAST,
     )
-    if low_ptr is not None:
+    if low_pair is not None:
         acc = accumulate_product(
             acc,
-            low_ptr,
-            low_weight_ptr,
-            stride_low_t,
-            stride_low_weight_v,
+            low_pair,
             offs_t,
             offs_v,
             num_tokens,
-            vocab_size,
-            rank,
+            local_vocab_size,
             BLOCK_R,
             False,
             PRECISION,
             UPCAST,
         )
-    first_v = pid_v * BLOCK_V
-    labels, shift = load_rows(labels_ptr, shift_ptr, offs_t, num_tokens)
-    tile, sums = epilogue(
-        acc,
-        offs_t,
-        offs_v,
-        first_v,
-        labels,
-        shift,
-        labels_among(labels, first_v, first_v + BLOCK_V, vocab_start),
-        num_tokens,
-        vocab_size,
-        vocab_start,
-        bias_ptr,
-        class_weight_ptr,
-        logit_scale,
-        softcap,
-        total_ptr,
-        entropy_sum_ptr,
-        smooth_sum_ptr,
-        best_ptr,
-        target_shifted_ptr,
-        alpha_ptr,
-        target_ptr,
-        gamma_ptr,
-        eta_ptr,
-        entropy_ptr,
-        EXACT,
-    )
-    pointers = (total_ptr, entropy_sum_ptr, smooth_sum_ptr, best_ptr)
-    store_sums(sums, offs_t, first_v, BLOCK_V, num_tokens, *pointers)
-    if store_ptr is not None:
-        store_ptrs = store_ptr + offs_t.to(tl.int64)[:, None] * stride_store_t + offs_v[None, :]
-        mask = (offs_t < num_tokens)[:, None] & (offs_v < vocab_size)[None, :]
-        tl.store(store_ptrs, tile.to(store_ptr.dtype.element_ty), mask=mask)
+    tile = finish_tile(acc, launch, offs_t, offs_v, pid_v * BLOCK_V, EXACT)
+    if store is not None:
+        store = StoredTile(*store)
+        store_ptrs = store.ptr + offs_t.to(tl.int64)[:, None] * store.stride_t + offs_v[None, :]
+        mask = (offs_t < num_tokens)[:, None] & (offs_v < local_vocab_size)[None, :]
+        tl.store(store_ptrs, tile.to(store.ptr.dtype.element_ty), mask=mask)
 
 
 def describable(matrix: Tensor | None) -> bool:
-    """Whether a tensor descriptor can address `matrix`, if there is one: 16-byte base and rows."""
+    """Whether a tensor descriptor can address `matrix`: 16-byte base and rows; true for None."""
     if matrix is None:
         return True
     row_bytes = matrix.stride(0) * matrix.element_size()
@@ -296,29 +227,31 @@ def launch_exponents(
     allow_tf32: bool,
     skip: Tensor | None = None,
 ) -> None:
-    """One pass over the head: exponents around the anchors, their row sums, and maybe themselves.
+    """One pass over the head: the row sums of the exponents, and with a store the exponents too.
 
     Args:
-        head: The head, or a window of it that starts at `vocab_start`.
-        labels: [T] int64, contiguous, of the whole vocabulary; negative where none counts.
-        vocab_start: First vocabulary row of the window.
+        head: The head, or a window of it that starts at `vocab_start`; unit strides along H.
+        labels: [T] int64, contiguous: columns of this rank's shard, beyond it for another rank's
+            label, negative where none counts.
+        vocab_start: First row of the window in this rank's shard.
         anchor: [T] float32, contiguous.
-        sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, contiguous;
-            nothing has to be zeroed.
-        store: [T, window] of the hidden states' dtype, unit stride along V: exponents times the
-            softcap's slope, zero at the labels; None to store nothing.
+        sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, contiguous,
+            written. Only `target` has to be zeroed: it is written where the window has the label.
+        store: [T, window] of the hidden states' dtype, unit stride along V, written: exponents
+            times the softcap's slope, zero at the labels; it does not have to be zeroed. None to
+            store nothing.
         config: The tile.
         allow_tf32: Whether float32 products may round their operands to tf32.
         skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
-    _launch(head, labels, vocab_start, anchor, sums, None, store, config, allow_tf32, skip)
+    _launch(head, labels, vocab_start, anchor, sums, _NO_GRADIENT, store, config, allow_tf32, skip)
 
 
 def launch_gradient(
     head: Head,
     labels: Tensor,
     vocab_start: int,
-    gradient: RowGradient,
+    gradient: RowFactors,
     store: Tensor,
     config: TileConfig,
     allow_tf32: bool,
@@ -326,105 +259,82 @@ def launch_gradient(
     """One pass over the head that writes the gradient of `hidden @ weight.T`.
 
     Args:
-        head: The head, or a window of it that starts at `vocab_start`.
-        labels: [T] int64, contiguous, of the whole vocabulary.
-        vocab_start: First vocabulary row of the window.
+        head: The head, or a window of it that starts at `vocab_start`; unit strides along H.
+        labels: [T] int64, contiguous: columns of this rank's shard, beyond it for another rank's
+            label, negative where none counts.
+        vocab_start: First row of the window in this rank's shard.
         gradient: The row factors, contiguous.
-        store: [T, window], unit stride along V, written.
+        store: [T, window], unit stride along V, written; it does not have to be zeroed.
         config: The tile.
         allow_tf32: Whether float32 products may round their operands to tf32.
     """
-    _launch(head, labels, vocab_start, gradient.lse, None, gradient, store, config, allow_tf32)
+    _launch(head, labels, vocab_start, None, _NO_SUMS, gradient, store, config, allow_tf32, None)
 
 
 def _launch(
     head: Head,
     labels: Tensor,
     vocab_start: int,
-    shift: Tensor,
-    sums: RowSums | None,
-    gradient: RowGradient | None,
+    anchor: Tensor | None,
+    sums: RowSums,
+    gradient: RowFactors,
     store: Tensor | None,
     config: TileConfig,
     allow_tf32: bool,
-    skip: Tensor | None = None,
+    skip: Tensor | None,
 ) -> None:
+    """Launches the kernel that `config` asks for, or the pointer kernel where it cannot run."""
     num_tokens, hidden_size = head.hidden.shape
-    vocab_size = head.weight.shape[0]
-    upcast = interpreted()
-    rank = 0 if head.low is None else head.low.shape[1]
-    total, entropy_sum, smooth_sum, best, target_shifted = sums or (None,) * 5
-    _, alpha, target, gamma, eta, entropy = gradient or (None,) * 6
-    pointers = (
-        head.low,
-        head.low_weight,
-        labels,
-        head.bias,
-        head.class_weight,
-        shift,
-        total,
-        entropy_sum,
-        smooth_sum,
-        best,
-        target_shifted,
-        alpha,
-        target,
-        gamma,
-        eta,
-        entropy,
-        skip,
-        None if head.logit_scale == 1.0 else float(head.logit_scale),
-        None if head.softcap is None else float(head.softcap),
-        num_tokens,
-        vocab_size,
-        vocab_start,
-        hidden_size,
-        rank,
-        0 if head.low is None else head.low.stride(0),
-        0 if head.low_weight is None else head.low_weight.stride(0),
-    )
-    tiles = {
-        "BLOCK_T": config.block_t,
-        "BLOCK_V": config.block_v,
-        "BLOCK_H": config.block_h,
-        "BLOCK_R": low_rank_block(rank),
-        "GROUP_T": config.group_t,
-        "PRECISION": product_precision(allow_tf32),
-        "UPCAST": upcast,
-        "EXACT": head.hidden.dtype == torch.float32,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+    local_vocab_size = head.weight.shape[0]
+    matrices = (head.hidden, head.weight, store)
+    arguments: dict[str, Any] = {
+        "labels_ptr": labels,
+        "anchor_ptr": anchor,
+        "sums": tuple(sums),
+        "gradient": tuple(gradient),
+        "skip_ptr": skip,
+        "logit_options": options_of(head),
+        "num_tokens": num_tokens,
+        "local_vocab_size": local_vocab_size,
+        "vocab_start": vocab_start,
     }
-    matrices = (head.hidden, head.weight, head.low, head.low_weight, store)
-    if config.pingpong and all(map(describable, matrices)):
+    if config.cooperative and all(map(describable, (*matrices, head.low, head.low_weight))):
         # Imported where it runs: the interpreter, and Triton's older versions, have no such Gluon.
-        from hf_fused_head.kernels.pingpong import launch_pingpong
+        from hf_fused_head.kernels.cooperative import launch_cooperative
 
-        launch_pingpong(matrices, pointers[2:-2], config)
+        launch_cooperative(head, store, arguments, config)
         return
-    num_tiles = cdiv(num_tokens, config.block_t) * cdiv(vocab_size, config.block_v)
-    descriptors = bool(config.num_programs) and not config.pingpong
-    if descriptors and all(map(describable, (head.hidden, head.weight, store))):
+    arguments.update(
+        low_pair=low_pair_of(head),
+        BLOCK_T=config.block_t,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        BLOCK_R=low_rank_block(0 if head.low is None else head.low.shape[1]),
+        GROUP_T=config.group_t,
+        PRECISION=product_precision(allow_tf32),
+        UPCAST=interpreted(),
+        EXACT=head.hidden.dtype == torch.float32,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    num_tiles = cdiv(num_tokens, config.block_t) * cdiv(local_vocab_size, config.block_v)
+    descriptors = bool(config.num_programs) and not config.cooperative
+    if descriptors and all(map(describable, matrices)):
         store_block = [config.block_t, config.block_v // (2 if config.halves else 1)]
         _head_descriptor_kernel[(min(config.num_programs, num_tiles),)](
             TensorDescriptor.from_tensor(head.hidden, [config.block_t, config.block_h]),
             TensorDescriptor.from_tensor(head.weight, [config.block_v, config.block_h]),
             None if store is None else TensorDescriptor.from_tensor(store, store_block),
-            *pointers,
+            hidden_size=hidden_size,
             NUM_PROGRAMS=config.num_programs,
             HALVES=config.halves,
             FLATTEN=config.flatten,
-            **tiles,
+            **arguments,
         )
         return
     _head_pointer_kernel[(num_tiles,)](
-        head.hidden,
-        head.weight,
-        store,
-        *pointers,
-        head.hidden.stride(0),
-        head.weight.stride(0),
-        0 if store is None else store.stride(0),
+        pair_of(head),
+        stored_tile(store),
         EVEN_H=hidden_size % config.block_h == 0,
-        **tiles,
+        **arguments,
     )

@@ -1,4 +1,4 @@
-"""What the kernels read and write, by name: sliced by rows and by windows of the vocabulary."""
+"""What the kernels read and write, by name, and slices of it by rows and by vocabulary windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_fused_head.kernels.tuning import TileConfig
 
 
 class Head(NamedTuple):
-    """What every tile of logits is made from; a window of the vocabulary is a slice of it.
+    """What the logits are computed from, on one rank.
 
     logits = softcap * tanh(logit_scale * (hidden @ weight.T + low @ low_weight.T + bias) / softcap)
     """
@@ -20,7 +20,7 @@ class Head(NamedTuple):
     low: Tensor | None  # [T, R]
     low_weight: Tensor | None  # [V, R]
     bias: Tensor | None  # [V]
-    class_weight: Tensor | None  # [V], of the rows that are here
+    class_weight: Tensor | None  # [V], of this rank's rows
     logit_scale: float
     softcap: float | None
 
@@ -40,7 +40,7 @@ class Head(NamedTuple):
         )
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """What is multiplied: [T, H] with [V, H], and maybe [T, R] with [V, R]."""
+        """The operands of the products: [T, H] with [V, H], and [T, R] with [V, R] if low-rank."""
         first = (self.hidden, self.weight)
         if self.low is None or self.low_weight is None:
             return [first]
@@ -48,26 +48,26 @@ class Head(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Sums over one vocabulary tile each, [tiles of V, T] float32; None where not asked for.
+    """A row's statistics over each vocabulary tile, [tiles of V, T] float32; None where not needed.
 
-    With z the logits, a the row's anchor and y its label; a later kernel adds them up in a fixed
-    order, which makes the result the same from run to run.
+    With z the logits, a the row's anchor and y its label. A later kernel adds them up in a fixed
+    order, so that the result is the same from run to run.
     """
 
-    total: Tensor  # sum of exp(z - a) over j != y
-    entropy: Tensor | None  # sum of exp(z - a) (z - a - best) over j != y; needs `best`
+    sum_exp: Tensor  # sum of exp(z - a) over j != y
+    entropy: Tensor | None  # sum of exp(z - a) (z - a - row_max) over j != y; needs `row_max`
     smooth: Tensor | None  # sum of class_weight (z - a) over all j
-    best: Tensor | None  # max of z - a over j != y
-    target: Tensor | None  # [T]: z - a at y, of the same product as `best`
+    row_max: Tensor | None  # max of z - a over j != y
+    target: Tensor | None  # [T]: z - a at y, of the same product as `row_max`
 
     def tiles(self, tiles: slice) -> RowSums:
-        """The part of some vocabulary tiles."""
+        """The sums of some vocabulary tiles."""
         parts = [None if t is None else t[tiles] for t in self[:4]]
         return RowSums(*parts, target=self.target)
 
 
-class RowGradient(NamedTuple):
-    """Row factors of the logits' gradient, [T] float32; None where the term is absent.
+class RowFactors(NamedTuple):
+    """Factors of a row in the gradient of its logits, [T] float32; None where a term is absent.
 
     `dz_j = p_j (alpha - eta (log p_j + entropy)) - gamma w_j` for j != y, with p = exp(z - lse);
     at the label the first term is `target` instead.
@@ -82,7 +82,7 @@ class RowGradient(NamedTuple):
 
 
 class RowOutputs(NamedTuple):
-    """What is known of a row once its sums are complete, [T]; None where not asked for."""
+    """What is computed from a row's sums, [T]; None where not needed."""
 
     nll: Tensor  # float32
     lse: Tensor  # float32
@@ -90,12 +90,12 @@ class RowOutputs(NamedTuple):
     entropy: Tensor | None  # float32
     correct: Tensor | None  # bool
     factor: Tensor | None  # float32: gradient of the logits / stored exponents
-    correction: Tensor | None  # float32: p_j = correction exp(z_j - lse), as rounding left lse
-    overflowed: Tensor  # int32: exp overflowed; the row has to be made around its maximum
+    correction: Tensor | None  # float32: p_j = correction exp(z_j - lse), with the rounded lse
+    overflowed: Tensor  # int32: not 0 where the row has to be computed around its maximum
 
     @property
-    def need_best(self) -> bool:
-        """Whether the largest logit of every tile is needed: accuracy and entropy start from it."""
+    def needs_row_max(self) -> bool:
+        """Whether the largest logit of every tile is needed: for accuracy and entropy."""
         return self.correct is not None or self.entropy is not None
 
     def rows(self, rows: slice) -> RowOutputs:
@@ -104,35 +104,35 @@ class RowOutputs(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """Where the last product of the head's gradient leaves its float32 sum, rounded."""
+    """Where the last product of the head's gradient writes its float32 sum, rounded."""
 
-    weight: list[Tensor | None]  # [V, H_i] a pair
+    weight: list[Tensor | None]  # [V, H_i] for each pair
     config: TileConfig
 
 
 class Totals(NamedTuple):
-    """Where gradients accumulate; an entry is None where nobody wants it.
+    """Where gradients are summed; None for a gradient that is not needed.
 
-    float32 when more than one product adds to it, else the gradient itself.
+    float32 where more than one product adds to it, else the gradient itself.
     """
 
-    hidden: list[Tensor | None]  # [T, H_i] a pair
-    weight: list[Tensor | None]  # [V, H_i] a pair
+    hidden: list[Tensor | None]  # [T, H_i] for each pair
+    weight: list[Tensor | None]  # [V, H_i] for each pair
     bias: Tensor | None  # [V]
 
     def only_hidden(self) -> Totals:
-        """Nothing but the hidden states'."""
+        """The sums of the hidden states alone."""
         return Totals(self.hidden, [None] * len(self.weight), None)
 
     def without_hidden(self) -> Totals:
-        """All but the hidden states'."""
+        """The sums without those of the hidden states."""
         return self._replace(hidden=[None] * len(self.hidden))
 
     def rows(self, rows: slice) -> Totals:
-        """The part of a chunk of tokens."""
+        """The sums of a chunk of tokens."""
         return self._replace(hidden=[None if t is None else t[rows] for t in self.hidden])
 
     def window(self, window: slice) -> Totals:
-        """The part of a window of the vocabulary."""
+        """The sums of a window of the vocabulary."""
         weight = [None if t is None else t[window] for t in self.weight]
         return self._replace(weight=weight, bias=None if self.bias is None else self.bias[window])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_fused_head.kernels.arguments import MatrixPair
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -22,32 +24,33 @@ def tile_position(tile, num_tiles_t, num_tiles_v, GROUP_T: tl.constexpr):
 @triton.jit
 def accumulate_product(
     acc,
-    hidden_ptr,
-    weight_ptr,
-    stride_hidden_t,
-    stride_weight_v,
+    pair,
     offs_t,
     offs_v,
     num_tokens,
-    vocab_size,
-    hidden_size,
+    local_vocab_size,
     BLOCK_H: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Adds `hidden[offs_t] @ weight[offs_v].T` to `acc`; rows outside the matrices read row 0."""
+    """Adds `hidden[offs_t] @ weight[offs_v].T` of a `MatrixPair` to `acc`.
+
+    Offsets outside the matrices read row 0. `EVEN_H` states that `BLOCK_H` divides the pair's size;
+    `UPCAST` multiplies in float32, which the interpreter needs.
+    """
+    pair = MatrixPair(*pair)
     rows_t = tl.where(offs_t < num_tokens, offs_t, 0).to(tl.int64)
-    rows_v = tl.where(offs_v < vocab_size, offs_v, 0).to(tl.int64)
+    rows_v = tl.where(offs_v < local_vocab_size, offs_v, 0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
-    hidden_ptrs = hidden_ptr + rows_t[:, None] * stride_hidden_t + offs_h[None, :]
-    weight_ptrs = weight_ptr + rows_v[None, :] * stride_weight_v + offs_h[:, None]
-    for start in range(0, hidden_size, BLOCK_H):
+    hidden_ptrs = pair.hidden + rows_t[:, None] * pair.stride_hidden_t + offs_h[None, :]
+    weight_ptrs = pair.weight + rows_v[None, :] * pair.stride_weight_v + offs_h[:, None]
+    for start in range(0, pair.size, BLOCK_H):
         if EVEN_H:
             hidden = tl.load(hidden_ptrs + start)
             weight = tl.load(weight_ptrs + start)
         else:
-            inside = start + offs_h < hidden_size
+            inside = start + offs_h < pair.size
             hidden = tl.load(hidden_ptrs + start, mask=inside[None, :], other=0.0)
             weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
         if UPCAST:
@@ -71,21 +74,20 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def logits_of(acc, offs_v, vocab_size, bias_ptr, logit_scale, softcap):
-    """Logits of an accumulated tile, and the derivative of the softcap there.
+def logits_of(acc, offs_v, local_vocab_size, logit_options):
+    """Logits of a tile of accumulated products, and the derivative of the softcap there.
 
-    `bias_ptr`, `logit_scale` and `softcap` may be None; without a softcap there is no derivative,
-    and what stands in its place must not be used.
+    Without a softcap the second value is a placeholder that must not be used.
     """
     logits = acc
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < vocab_size, other=0.0).to(tl.float32)
-        logits += bias[None, :]
-    if logit_scale is not None:
-        logits *= logit_scale
+    if logit_options.bias is not None:
+        bias = tl.load(logit_options.bias + offs_v, mask=offs_v < local_vocab_size, other=0.0)
+        logits += bias.to(tl.float32)[None, :]
+    if logit_options.logit_scale is not None:
+        logits *= logit_options.logit_scale
     slope = logits
-    if softcap is not None:
+    if logit_options.softcap is not None:
         # One division a tile, not one an element.
-        tangent, slope = tanh_and_slope(logits * (1.0 / softcap))
-        logits = softcap * tangent
+        tangent, slope = tanh_and_slope(logits * (1.0 / logit_options.softcap))
+        logits = logit_options.softcap * tangent
     return logits, slope

@@ -1,4 +1,4 @@
-"""Row by row: which labels count, the logit of the label, scaling by a factor a row, or by one."""
+"""Kernels over rows: which labels count, the label's logit, scaling by a factor a row or by one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_fused_head.kernels.arguments import (
+    LogitOptions,
+    MatrixPair,
+    low_pair_of,
+    options_of,
+    pair_of,
+)
 from hf_fused_head.kernels.operands import Head
 from hf_fused_head.kernels.product import tanh_and_slope
 from hf_fused_head.kernels.tuning import cdiv, low_rank_block, power_of_2
 
-# Rows without a label that counts ride along while they are fewer than one in so many: leaving them
-# out costs a copy of the hidden states and, since the host has to know their number, a wait.
+# Rows whose label does not count are computed like the others while they are fewer than one in so
+# many: to leave them out costs a copy of the hidden states and a wait of the host for their number.
 _FEW = tl.constexpr(32)
 
 
@@ -27,7 +34,7 @@ def _count_kernel(
     vocab_size,
     BLOCK_T: tl.constexpr,
 ):
-    """One program: labels that no kernel can read out of bounds with, rows that count, counts."""
+    """One program owns all rows; writes what `launch_count` returns."""
     counted = 0
     wrong = tl.zeros((BLOCK_T,), dtype=tl.int32)
     for start in range(0, num_tokens, BLOCK_T):
@@ -49,47 +56,39 @@ def _count_kernel(
 
 
 @triton.jit
-def _dot(hidden_ptr, weight_ptr, size, BLOCK_H: tl.constexpr):
-    """Dot product of two contiguous rows of `size` elements, float32."""
+def _dot(pair, row, label, BLOCK_H: tl.constexpr):
+    """Dot product of a row of each matrix of a pair, float32."""
+    pair = MatrixPair(*pair)
+    hidden_ptr = pair.hidden + row * pair.stride_hidden_t
+    weight_ptr = pair.weight + label * pair.stride_weight_v
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for start in range(0, size, BLOCK_H):
+    for start in range(0, pair.size, BLOCK_H):
         offs_h = start + tl.arange(0, BLOCK_H)
-        mask = offs_h < size
+        mask = offs_h < pair.size
         hidden = tl.load(hidden_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
         total += hidden * weight
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["vocab_size"])
+@triton.jit(do_not_specialize=["local_vocab_size"])
 def _anchor_kernel(
-    hidden_ptr,
-    weight_ptr,
-    low_ptr,
-    low_weight_ptr,
-    bias_ptr,
+    pair,
+    low_pair,
+    logit_options,
     labels_ptr,
     anchor_ptr,
     slope_ptr,
     skip_ptr,
-    logit_scale,
-    softcap,
-    vocab_size,
-    hidden_size,
-    rank,
-    stride_hidden_t,
-    stride_weight_v,
-    stride_low_t,
-    stride_low_weight_v,
+    local_vocab_size,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Program t owns row t: writes the logit of its label, a dot product of H terms.
 
-    With a softcap also the softcap's derivative there, where the label is one of these rows.
-
     Infinity where no label counts: every exponent of such a row is then exp(-inf), zero. Zero where
-    another rank has the label, which adds it.
+    the label is another rank's, which adds its logit. With `slope_ptr` it also writes the softcap's
+    derivative there, for a label of this rank.
     """
     # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
     if skip_ptr is not None:  # noqa: SIM102
@@ -100,28 +99,20 @@ def _anchor_kernel(
     if label < 0:
         tl.store(anchor_ptr + row, float("inf"))
         return
-    if label >= vocab_size:
+    if label >= local_vocab_size:
         tl.store(anchor_ptr + row, 0.0)
         return
-    logit = _dot(
-        hidden_ptr + row * stride_hidden_t,
-        weight_ptr + label * stride_weight_v,
-        hidden_size,
-        BLOCK_H,
-    )
-    if low_ptr is not None:
-        logit += _dot(
-            low_ptr + row * stride_low_t,
-            low_weight_ptr + label * stride_low_weight_v,
-            rank,
-            BLOCK_R,
-        )
-    if bias_ptr is not None:
-        logit += tl.load(bias_ptr + label).to(tl.float32)
-    logit *= logit_scale
-    if softcap is not None:
-        tangent, slope = tanh_and_slope(logit / softcap)
-        logit = softcap * tangent
+    logit_options = LogitOptions(*logit_options)
+    logit = _dot(pair, row, label, BLOCK_H)
+    if low_pair is not None:
+        logit += _dot(low_pair, row, label, BLOCK_R)
+    if logit_options.bias is not None:
+        logit += tl.load(logit_options.bias + label).to(tl.float32)
+    if logit_options.logit_scale is not None:
+        logit *= logit_options.logit_scale
+    if logit_options.softcap is not None:
+        tangent, slope = tanh_and_slope(logit / logit_options.softcap)
+        logit = logit_options.softcap * tangent
         if slope_ptr is not None:
             tl.store(slope_ptr + row, slope)
     tl.store(anchor_ptr + row, logit)
@@ -139,7 +130,7 @@ def _scale_rows_kernel(
     stride_out_t,
     BLOCK_H: tl.constexpr,
 ):
-    """Program (t, i) owns BLOCK_H elements of row t: `source * factor - gamma * direction`."""
+    """Program (t, i) owns block i of row t; writes `source * factor - gamma * direction`."""
     row = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = offs_h < size
@@ -153,7 +144,7 @@ def _scale_rows_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _multiply_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
-    """Program i owns blocks i, i + programs, ...: multiplies in place, unless the factor is 1."""
+    """Program i owns blocks i, i + programs, ...: multiplied in place, unless the factor is 1."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
@@ -168,7 +159,7 @@ def _multiply_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
 def launch_count(
     labels: Tensor, ignore_index: int, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which labels count, without a word to the host.
+    """Which labels count, found on the device: the host does not wait.
 
     Args:
         labels: [T] int64, contiguous.
@@ -176,7 +167,8 @@ def launch_count(
         vocab_size: Labels that count lie in `[0, vocab_size)`.
 
     Returns:
-        plain: [T] int64: the labels that count, -1 for those that do not, -2 out of range.
+        plain: [T] int64: the label where it counts, -1 where it does not, -2 where it is out of
+            range, so that no kernel reads out of bounds.
         rows: [T] int64: the rows that count, in order; the rest is not written.
         counts: [3] int32: labels out of range; 1 if so many rows do not count that they should be
             left out before any product, else 0; rows that count.
@@ -204,36 +196,25 @@ def launch_anchor(
 
     Args:
         head: See `Head`.
-        labels: [T] int64 in [0, V), beyond for another rank's, negative where none counts.
-        anchor: [T] float32, written.
-        slope: [T] float32, the softcap's derivative at that logit, written for labels in [0, V);
-            None without a softcap, or where it is not needed.
+        labels: [T] int64, contiguous, in [0, V), beyond for another rank's, negative where none
+            counts.
+        anchor: [T] float32, contiguous, written.
+        slope: [T] float32, contiguous: the softcap's derivative at that logit, written for labels
+            in [0, V); None without a softcap, or where it is not needed.
         skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
-    low, low_weight = head.low, head.low_weight
     hidden_size = head.hidden.shape[1]
-    rank = 0 if low is None else low.shape[1]
     _anchor_kernel[(labels.shape[0],)](
-        head.hidden,
-        head.weight,
-        low,
-        low_weight,
-        head.bias,
+        pair_of(head),
+        low_pair_of(head),
+        options_of(head),
         labels,
         anchor,
         slope,
         skip,
-        float(head.logit_scale),
-        head.softcap,
-        head.weight.shape[0],
-        hidden_size,
-        rank,
-        head.hidden.stride(0),
-        head.weight.stride(0),
-        0 if low is None else low.stride(0),
-        0 if low_weight is None else low_weight.stride(0),
+        local_vocab_size=head.weight.shape[0],
         BLOCK_H=min(1024, power_of_2(hidden_size)),
-        BLOCK_R=low_rank_block(rank),
+        BLOCK_R=low_rank_block(0 if head.low is None else head.low.shape[1]),
         num_warps=4,
     )
 
@@ -245,14 +226,14 @@ def launch_scale_rows(
     gamma: Tensor | None = None,
     direction: Tensor | None = None,
 ) -> None:
-    """Writes `factor[:, None] * source - gamma[:, None] * direction` into `out`, in float32 inside.
+    """Writes `factor[:, None] * source - gamma[:, None] * direction`, computed in float32.
 
     Args:
         source: [T, H], unit stride along H.
-        out: [T, H], unit stride along H, any float dtype; may be `source`.
-        factor: [T] float32.
-        gamma: [T] float32 or None.
-        direction: [H] float32 or None.
+        out: [T, H], unit stride along H, any float dtype, written; may be `source`.
+        factor: [T] float32, contiguous.
+        gamma: [T] float32, contiguous, or None.
+        direction: [H] float32, contiguous, or None; needed with `gamma`.
     """
     num_tokens, size = source.shape
     block = min(2048, power_of_2(size))
@@ -271,7 +252,7 @@ def launch_scale_rows(
 
 
 def launch_multiply(values: Tensor, factor: Tensor) -> None:
-    """`values *= factor`, decided on the device: a factor of 1 costs a launch and no pass.
+    """`values *= factor`; the device tests the factor, and one of 1 costs no pass over the values.
 
     Args:
         values: Contiguous, any float dtype; written.

@@ -38,7 +38,7 @@ from hf_fused_head.kernels.tuning import (
     GLUON,
     allows_tf32,
     interpreted,
-    knows_gluon,
+    supports_gluon,
     tile_config,
 )
 from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
@@ -88,7 +88,7 @@ def unverified_reason(device_type: str) -> str | None:
 def slower_reason(dtype: torch.dtype) -> str | None:
     """Why the kernels for `dtype` are not the fastest for this card; None if they are."""
     hopper = torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
-    if dtype == torch.float32 or not hopper or knows_gluon():
+    if dtype == torch.float32 or not hopper or supports_gluon():
         return None
     first, last = (".".join(map(str, version)) for version in GLUON)
     return (

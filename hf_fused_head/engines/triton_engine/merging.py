@@ -12,28 +12,28 @@ from hf_fused_head.kernels.operands import RowSums
 
 def merged_sums(shard: VocabShard, sums: RowSums) -> RowSums:
     """The sums of all tiles of all ranks, in the form of one tile's; see `RowSums`."""
-    wide = sums.total.double()
+    wide = sums.sum_exp.double()
     own = wide.sum(dim=0)
-    total = shard.sum(own.float())
+    sum_exp = shard.sum(own.float())
     parts = []
-    best = None if sums.best is None else shard.max(sums.best.amax(dim=0))
-    if sums.entropy is not None and sums.best is not None and best is not None:
-        inside = (sums.entropy + _level(sums.best) * wide).sum(dim=0)
-        parts.append((inside - _level(best) * own).float())
+    row_max = None if sums.row_max is None else shard.max(sums.row_max.amax(dim=0))
+    if sums.entropy is not None and sums.row_max is not None and row_max is not None:
+        inside = (sums.entropy + _level(sums.row_max) * wide).sum(dim=0)
+        parts.append((inside - _level(row_max) * own).float())
     if sums.smooth is not None:
         parts.append(sums.smooth.double().sum(dim=0).float())
     if sums.target is not None:
         parts.append(sums.target)
     more = iter(shard.sum(torch.stack(parts)) if parts else ())
     return RowSums(
-        total[None],
+        sum_exp[None],
         None if sums.entropy is None else next(more)[None],
         None if sums.smooth is None else next(more)[None],
-        None if best is None else best[None],
+        None if row_max is None else row_max[None],
         None if sums.target is None else next(more),
     )
 
 
-def _level(best: Tensor) -> Tensor:
+def _level(row_max: Tensor) -> Tensor:
     """What the entropy's terms are counted from, in float64, as in the kernels."""
-    return best.double().clamp_min(LOWEST.value)
+    return row_max.double().clamp_min(LOWEST.value)

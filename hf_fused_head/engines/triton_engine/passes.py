@@ -21,7 +21,7 @@ from hf_fused_head.engines.triton_engine.row_factors import (
 from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.operands import (
     Rounding,
-    RowGradient,
+    RowFactors,
     RowOutputs,
     RowSums,
     Totals,
@@ -53,7 +53,8 @@ def statistics(
     Raises:
         Rejected: If the speculation was rejected; nothing of the result is valid then.
     """
-    kinds = 1 + outputs.need_best + sum(t is not None for t in (outputs.smooth, outputs.entropy))
+    optional = (outputs.smooth is not None, outputs.entropy is not None, outputs.needs_row_max)
+    kinds = 1 + sum(optional)
     most = min(call.sums_bytes // (kinds * call.row_sum_bytes), _STATISTICS_ROWS)
     most = max(most // MULTIPLE, 1) * MULTIPLE
     for rows in _slices(call.num_tokens, most):
@@ -76,68 +77,69 @@ def _row_statistics(
 ) -> None:
     """`statistics` of rows whose sums are held at once."""
     head, labels = call.head, call.labels
-    anchor = call.empty(call.num_tokens)
+    target_logit = call.empty(call.num_tokens)
     num_tiles = cdiv(call.local_vocab_size, call.config.block_v)
     tiles = iter(call.row_sums(kinds, num_tiles, call.num_tokens))
     sums = RowSums(
         next(tiles),
         None if outputs.entropy is None else next(tiles),
         None if outputs.smooth is None else next(tiles),
-        next(tiles) if outputs.need_best else None,
-        torch.zeros_like(anchor) if outputs.correct is not None else None,
+        next(tiles) if outputs.needs_row_max else None,
+        torch.zeros_like(target_logit) if outputs.correct is not None else None,
     )
     skip = None if call.speculation is None else call.speculation.rejected
     slope = None
     if head.softcap is not None and store is not None:
-        slope = torch.empty_like(anchor)
-    launch_anchor(head, labels, anchor, slope, skip)
-    call.shard.sum(anchor)
-    _exponents(call, anchor, sums, store)
+        slope = torch.empty_like(target_logit)
+    launch_anchor(head, labels, target_logit, slope, skip)
+    call.shard.sum(target_logit)
+    _exponents(call, target_logit, sums, store)
     if call.speculation is not None and not call.speculation.commit():
         raise Rejected
-    shift, sums = _of_all_ranks(call, anchor, sums, store)
+    anchor, sums = _of_all_ranks(call, target_logit, sums, store)
     class_total = None if outputs.smooth is None else call.class_total()
     rest = (class_total, weights, outputs, store)
-    launch_finish(head, labels, shift, anchor, slope, sums, call.vocab_size, *rest)
-    launch_overflow(head, labels, anchor, slope, *rest, call.allow_tf32)
+    launch_finish(head, labels, anchor, target_logit, slope, sums, call.vocab_size, *rest)
+    launch_overflow(head, labels, target_logit, slope, *rest, call.allow_tf32)
 
 
-def _exponents(call: HeadCall, shift: Tensor, sums: RowSums, store: Tensor | None) -> None:
-    """Row sums of every tile around `shift`, and the exponents of the columns that are kept."""
+def _exponents(call: HeadCall, anchor: Tensor, sums: RowSums, store: Tensor | None) -> None:
+    """Row sums of every tile around `anchor`, and the exponents of the columns that are kept."""
     head, labels = call.head, call.labels
     kept = 0 if store is None else store.shape[1]
     skip = None if call.speculation is None else call.speculation.rejected
     run = (call.config, call.allow_tf32, skip)
     if store is not None:
         kept_sums = sums.tiles(slice(0, cdiv(kept, call.config.block_v)))
-        launch_exponents(head.window(slice(0, kept)), labels, 0, shift, kept_sums, store, *run)
+        launch_exponents(head.window(slice(0, kept)), labels, 0, anchor, kept_sums, store, *run)
     if kept < call.local_vocab_size:
         rest_sums = sums.tiles(slice(kept // call.config.block_v, None))
         rest = head.window(slice(kept, None))
-        launch_exponents(rest, labels, kept, shift, rest_sums, None, *run)
+        launch_exponents(rest, labels, kept, anchor, rest_sums, None, *run)
 
 
 def _of_all_ranks(
-    call: HeadCall, anchor: Tensor, sums: RowSums, store: Tensor | None
+    call: HeadCall, target_logit: Tensor, sums: RowSums, store: Tensor | None
 ) -> tuple[Tensor, RowSums]:
-    """What the sums are made around, and those of all ranks; on one rank there is nothing to do.
+    """The anchors, and the sums of all ranks around them; on one rank there is nothing to do.
 
-    A row whose sum overflows on all ranks together is made again around the largest logit: two
-    passes more, in a run whose losses pass 44 nats. The host waits for the answer.
+    A row whose sum overflows on all ranks together is computed again around its largest logit: two
+    more passes, in a run whose losses exceed 44 nats. The host waits to know whether there is one.
     """
     if call.shard.group is None:
-        return anchor, sums
+        return target_logit, sums
     merged = merged_sums(call.shard, sums)
-    far = merged.total[0] > OVERFLOW
+    far = merged.sum_exp[0] > OVERFLOW
     if not bool(far.any()):
-        return anchor, merged
+        return target_logit, merged
     call = call._replace(speculation=None)
-    best = torch.empty_like(sums.total)
-    _exponents(call, anchor, sums._replace(best=best, target=torch.zeros_like(anchor)), None)
-    peak = anchor + call.shard.max(best.amax(dim=0)).clamp_min(0.0)
-    shift = torch.where(far, peak, anchor)
-    _exponents(call, shift, sums, store)
-    return shift, merged_sums(call.shard, sums)
+    row_max = torch.empty_like(sums.sum_exp)
+    unused = torch.zeros_like(target_logit)
+    _exponents(call, target_logit, sums._replace(row_max=row_max, target=unused), None)
+    largest = target_logit + call.shard.max(row_max.amax(dim=0)).clamp_min(0.0)
+    anchor = torch.where(far, largest, target_logit)
+    _exponents(call, anchor, sums, store)
+    return anchor, merged_sums(call.shard, sums)
 
 
 def chunk_gradients(
@@ -277,7 +279,7 @@ def kept_gradients(
 
 def recomputed_gradients(
     call: HeadCall,
-    gradient: RowGradient,
+    gradient: RowFactors,
     start: int,
     window: int,
     totals: Totals | None,

@@ -58,7 +58,7 @@ def last_product(
         config: The tile, which says whether the card has a kernel for this.
     """
     matrices = (left.t(), right, out)
-    if config.pingpong and out.shape[1] >= _ROUNDED_FROM and all(map(describable, matrices)):
+    if config.cooperative and out.shape[1] >= _ROUNDED_FROM and all(map(describable, matrices)):
         # Imported where it runs: the interpreter, and Triton's older versions, have no such Gluon.
         from hf_fused_head.kernels.last_product import launch_last_product
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from hf_fused_head import objective
 from hf_fused_head.engines.triton_engine.call import HeadCall
-from hf_fused_head.kernels.operands import RowGradient
+from hf_fused_head.kernels.operands import RowFactors
 from hf_fused_head.objective import RowStats, Upstream
 
 # float16 gradients of logits are stored with their largest row factor at this power of two.
 _HALF_PEAK = 2.0**14
 
 
-def row_gradient(call: HeadCall, stats: RowStats, upstream: Upstream) -> RowGradient:
+def row_gradient(call: HeadCall, stats: RowStats, upstream: Upstream) -> RowFactors:
     """The factors of every row's gradient, as the kernels take them.
 
     Args:
@@ -24,10 +24,10 @@ def row_gradient(call: HeadCall, stats: RowStats, upstream: Upstream) -> RowGrad
     """
     factors = objective.row_gradient(stats, upstream, call.vocab_size, call.class_weight)
     entropy = None if factors.eta is None else stats.entropy
-    return RowGradient(stats.lse, *factors, entropy)
+    return RowFactors(stats.lse, *factors, entropy)
 
 
-def in_half_range(call: HeadCall, gradient: RowGradient) -> tuple[RowGradient, Tensor]:
+def in_half_range(call: HeadCall, gradient: RowFactors) -> tuple[RowFactors, Tensor]:
     """Row factors whose gradients fit float16's range, and the scalar that undoes the scaling."""
     terms = [gradient.alpha.abs(), gradient.target.abs()]
     if gradient.gamma is not None:
