@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers import PreTrainedModel, modeling_utils
 
 from . import origin, wrappers
 from .class_swap import stock_class, swapped_class
@@ -109,8 +108,9 @@ def _traced_loss_function(model: Any, ours: Any) -> Any:
             "apply_patch again before torch.compile"
         )
     # Without the warning at an unknown type, which it cannot trace; apply_patch has given it.
-    if not hasattr(model, "_loss_function") and model.loss_type not in LOSS_MAPPING:
-        return LOSS_MAPPING["ForCausalLM"]
+    known = modeling_utils.LOSS_MAPPING  # pyright: ignore[reportPrivateImportUsage]
+    if not hasattr(model, "_loss_function") and model.loss_type not in known:
+        return known["ForCausalLM"]
     return ours._fused_loss_getter(model)
 
 

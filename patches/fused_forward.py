@@ -28,6 +28,8 @@ from .state import FUSED, LastForward, PatchState
 _UNKNOWN_KEYWORDS = frozenset(
     name
     for function in (ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy)
+    # Anything else is somebody's and will be refused.
+    if inspect.isfunction(function)
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
 ) - {*LossArguments._fields, "logits", "vocab_size", "source", "target"}

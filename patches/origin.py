@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.loss import loss_utils
 
 _LOSS_UTILS = "transformers.loss.loss_utils"
@@ -64,9 +63,10 @@ def is_masked_loss(loss_function: Any) -> bool:
 
 def replaced_part_of_losses() -> str | None:
     """What somebody has put in the place of a function that both losses call; None for nothing."""
+    functional = loss_utils.nn.functional  # pyright: ignore[reportPrivateImportUsage]
     for module, name, function in (
         (_LOSS_UTILS, "fixed_cross_entropy", loss_utils.fixed_cross_entropy),
-        ("torch.nn.functional", "cross_entropy", nn.functional.cross_entropy),
+        ("torch.nn.functional", "cross_entropy", functional.cross_entropy),
     ):
         if not is_own(function, module, name):
             return f"{module}.{name} was replaced by {name_of(function)}"

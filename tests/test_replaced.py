@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,8 +83,18 @@ def functional(model: Any, put: pytest.MonkeyPatch) -> None:
     put.setattr(nn.functional, "cross_entropy", doubled(nn.functional.cross_entropy))
 
 
+def namespace_of_the_module(model: Any, put: pytest.MonkeyPatch) -> None:
+    functional = types.SimpleNamespace(pad=nn.functional.pad, cross_entropy=other_cross_entropy)
+    put.setattr(loss_utils, "nn", types.SimpleNamespace(functional=functional))
+
+
 def mapping(model: Any, put: pytest.MonkeyPatch) -> None:
     put.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", doubled(loss_utils.ForCausalLMLoss))
+
+
+def other_mapping(model: Any, put: pytest.MonkeyPatch) -> None:
+    others = dict.fromkeys(loss_utils.LOSS_MAPPING, other_loss)
+    put.setattr(transformers.modeling_utils, "LOSS_MAPPING", others)
 
 
 def mapping_and_module(model: Any, put: pytest.MonkeyPatch) -> None:
@@ -121,7 +132,9 @@ LOSSES: list[Put] = [
     code_of_cross_entropy,
     compiled_into_the_module,
     functional,
+    namespace_of_the_module,
     mapping,
+    other_mapping,
     mapping_and_module,
     property_of_the_class,
     property_of_every_model,
@@ -288,6 +301,23 @@ def test_a_replaced_forward_of_the_head_is_obeyed(
     assert "itself, in chunks" in patch_report(fused).kernel
 
 
+def test_a_linear_function_that_computes_the_same_is_taken_for_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's ZeRO-3 replaces it for good."""
+
+    def zero3_linear_wrap(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return input @ weight.t() if bias is None else input @ weight.t() + bias
+
+    names = {**globals(), "__name__": "deepspeed.runtime.zero.linear"}
+    linear = types.FunctionType(zero3_linear_wrap.__code__, names, argdefs=(None,))
+    stock = untied()
+    fused = apply_patch(copy.deepcopy(stock))
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    assert_trains_like(fused, stock, batch(stock))
+    assert patch_report(fused).kernel.startswith("torch")
+
+
 def centred(self: Any, input: Tensor) -> Tensor:
     """A forward that mixes tokens."""
     return nn.functional.linear(input - input.mean(-2, keepdim=True), self.weight, self.bias)
@@ -349,6 +379,10 @@ REPLACED_FIRST = {
         loss_utils.ForCausalLMLoss = ForCausalLMLoss
         for name in loss_utils.LOSS_MAPPING:
             loss_utils.LOSS_MAPPING[name] = ForCausalLMLoss
+    """,
+    "a function without a signature": """
+        from transformers.loss import loss_utils
+        loss_utils.fixed_cross_entropy = torch._C._nn.cross_entropy_loss
     """,
     "torch's function": """
         def cross_entropy(*args, **kwargs):
