@@ -22,8 +22,10 @@ from hf_fused_head.records import unflatten
 
 def register_formulas() -> None:
     """Gives the formulas to torch's counters, if there can be any."""
+    if torch.compiler.is_compiling():
+        return
     counting: Any = sys.modules.get("torch.utils.flop_counter")
-    if torch.compiler.is_compiling() or counting is None:
+    if counting is None:
         return
     operators = torch.ops.hf_fused_head
     formulas: dict[Any, Callable[..., int]] = {

@@ -30,7 +30,12 @@ from hf_fused_head.options import (
     plain_number,
 )
 from hf_fused_head.planning.problem import budget_bytes
-from hf_fused_head.transforms import eager_in_transforms, in_transform, is_differentiated
+from hf_fused_head.transforms import (
+    eager_in_transforms,
+    in_transform,
+    is_differentiated,
+    is_exporting,
+)
 from hf_fused_head.validation import check_arguments
 
 if TYPE_CHECKING:
@@ -274,7 +279,7 @@ def _loss_and_rows(
         return objective.reduce(*rows[:3]), rows
     pairs, bias_needed = len(head.inputs), head.bias is not None and needed[-1]
     needs = Needs(list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         rows = ops.row_stats(head, wanted)
         return objective.reduce(*rows[:3]), rows
     if objective.options.reduction == "none":
@@ -320,9 +325,8 @@ def _autocast(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """The operands as `F.linear` would see them under the caller's autocast."""
     device_type = pairs[0][0].device.type
-    # The meta device has no autocast.
-    available = torch.amp.is_autocast_available(device_type)
-    if not (available and torch.is_autocast_enabled(device_type)):
+    # The meta device has no autocast; torch 2.9's compiler cannot ask `is_autocast_available`.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return pairs, bias
     dtype = torch.get_autocast_dtype(device_type)
 

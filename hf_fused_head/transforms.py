@@ -55,6 +55,12 @@ def eager_in_transforms(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces."""
+    # Under torch.compile, torch 2.9 takes `torch.compiler.is_exporting()` to be True.
+    return _torch.compiler._is_exporting_flag
+
+
 def is_differentiated(tensor: Tensor) -> bool:
     """Whether a derivative with respect to `tensor` may be computed, at any level."""
     if torch.is_grad_enabled() and tensor.requires_grad:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy
 
 from hf_fused_head.options import LossOptions, item_count
+from hf_fused_head.transforms import is_exporting
 
 from . import wrappers
 from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
@@ -164,7 +165,7 @@ class FusedForward(LossForward):
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
         # Tensors of torch.export are no values.
-        if state.options.stats and not torch.compiler.is_exporting():
+        if state.options.stats and not is_exporting():
             # The stock forward may add to the loss in place, so the statistics keep their own.
             loss = result.stats.loss.detach().clone()
             # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.
