@@ -235,7 +235,7 @@ def operand_cross_entropy(
     dtype = accumulation_dtype(inputs[0].dtype)
     class_weight = None if weight is None else weight.detach().to(dtype)
     objective = Objective.of(options, target.reshape(-1), class_weight, num_items, dtype)
-    wanted = Wanted(objective.smoothed, "entropy" in stats, "accuracy" in stats)
+    wanted = Wanted(options.label_smoothing > 0, "entropy" in stats, "accuracy" in stats)
     config = (
         options.ignore_index,
         float(options.logit_scale),

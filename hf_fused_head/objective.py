@@ -187,11 +187,6 @@ class Objective(NamedTuple):
             z_items = num_valid
         return cls(options, target_weight, items, z_items, num_valid)
 
-    @property
-    def smoothed(self) -> bool:
-        """Whether the statistic `smooth` is part of the loss."""
-        return self.options.label_smoothing > 0
-
     def row_weights(self) -> RowWeights:
         """What the statistics of each token count in the scalar loss, [T] each."""
         eps, z_loss = self.options.label_smoothing, self.options.z_loss
