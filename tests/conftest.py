@@ -58,6 +58,18 @@ def own_tf32() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def own_compilers() -> Iterator[None]:
+    """PEFT's BOFT leaves CXX=gcc where its extension does not build: no C++ of inductor's links."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test starts from the same random state, whatever ran before it on the same worker."""
     torch.manual_seed(0)
