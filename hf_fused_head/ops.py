@@ -72,13 +72,13 @@ class HeadArguments(NamedTuple):
         if not self.group:
             return WHOLE
         try:
-            impl = self.choice().impl
+            choice = self.choice()
         except (ValueError, NotImplementedError):
             report_failure(self.group, self.labels.device)
             raise
         sizes = [matrix.shape[1] for matrix in self.weights]
         logits = (self.ignore_index, self.logit_scale, self.softcap, self.label_smoothing)
-        options = (*logits, impl, self.budget_bytes)
+        options = (*logits, choice.impl, choice.product, self.budget_bytes)
         shared = None if self.class_weight is None else tuple(self.class_weight.shape)
         shard = agree(
             self.group,
@@ -117,12 +117,13 @@ class HeadArguments(NamedTuple):
         """The plan for these operands: the one place where the planner is asked."""
         sizes = [weight.shape[1] for weight in operands.weights]
         columns = [] if needs is None else zip(sizes, needs.weights, strict=True)
+        choice = self.choice()
         problem = Problem(
             num_tokens=operands.inputs[0].shape[0],
             hidden_size=sum(sizes),
             vocab_size=operands.shard.largest(operands.local_vocab_size),
             dtype=operands.inputs[0].dtype,
-            impl=self.choice().impl,
+            impl=choice.impl,
             card=card_of(self.labels.device),
             grad_hidden=needs is not None and any(needs.inputs),
             grad_weight=needs is not None and (any(needs.weights) or needs.bias),
@@ -132,6 +133,7 @@ class HeadArguments(NamedTuple):
             softcap=operands.softcap is not None,
             class_weight=operands.class_weight is not None,
             entropy=wanted.entropy,
+            product=choice.product,
             sums_hidden=operands.shard.sums_hidden,
             budget_bytes=self.budget_bytes,
         )

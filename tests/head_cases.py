@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -199,15 +200,25 @@ def fixed_schedule(
     vocab_window: int = 2**30,
     kept_share: float = 0.0,
     late_rounding: bool = False,
+    product_bytes: int = 0,
 ) -> Schedule:
     """A schedule that no planner made."""
     sizes = (chunk_tokens, vocab_window, 0, 0, 0, kept_share)
-    return Schedule(name, *sizes, True, "fixed", late_rounding)
+    return Schedule(name, *sizes, True, "fixed", late_rounding, product_bytes)
+
+
+def with_library(schedules: dict[str, Schedule], product_bytes: int) -> dict[str, Schedule]:
+    """Schedules and the same with products of the vendor's library, in tiles of so many bytes."""
+    tiles = {
+        f"{name}, tile": replace(schedule, product_bytes=product_bytes)
+        for name, schedule in schedules.items()
+    }
+    return {**schedules, **tiles}
 
 
 def windows_of(schedule: Schedule) -> Schedule:
     """The schedule of windows with the same tile."""
-    return fixed_schedule("recompute", schedule.chunk_tokens, schedule.vocab_window)
+    return replace(schedule, name="recompute", kept_share=0.0)
 
 
 def allowed(schedule: Schedule, case: Case, dtype: torch.dtype) -> Schedule:

@@ -132,6 +132,27 @@ def test_plan_has_one_record_a_schedule(
     assert all(name in shown for name in ["stock", *names])
 
 
+@pytest.mark.parametrize(
+    ("card", "impl"), [("NVIDIA A100", "triton:tile"), ("h200", "triton:epilogue")]
+)
+def test_plan_for_a_card_that_is_not_here(card: str, impl: str, tmp_path: Path) -> None:
+    """With the memory for the library's products in the workspace, where it makes them."""
+    files = [tmp_path / "named.json", tmp_path / "cuda.json"]
+    options = ("llama3-8b", "--tokens", 8192, "--impl", "triton", "--budget-mib", 4096, "--json")
+    assert run("plan", *options, files[0], "--card", card) == 0
+    assert run("plan", *options, files[1], "--device", "cuda") == 0
+    named, unknown = (json.loads(file.read_text()) for file in files)
+    assert named["impl"] == impl and unknown["impl"] == "triton:tile"
+    assert card.lower() in named["impl_reason"].lower()
+    sizes = [content["schedules"][0]["workspace_bytes"] for content in (named, unknown)]
+    assert (sizes[0] < sizes[1]) == (impl == "triton:epilogue")
+
+
+def test_plan_names_the_cards_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "smoke", "--tokens", 4, "--card", "Voodoo") == 2
+    assert "`--card` must be one of NVIDIA T4, " in capsys.readouterr().err
+
+
 def test_plan_of_one_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     options = ("--tokens", 8192, "--tp", 2, "--fsdp", 4, "--sp", 2, "--json", file)
@@ -255,7 +276,7 @@ def test_doctor_passes_on_the_cpu(tmp_path: Path) -> None:
     status = {(check["impl"], check["dtype"]): check["status"] for check in content["checks"]}
     for dtype in ("float32", "bfloat16", "float16"):
         assert status["torch", dtype] == status["reference", dtype] == "passed"
-        assert status["triton", dtype] == "unavailable"
+        assert status["triton:tile", dtype] == status["triton:epilogue", dtype] == "unavailable"
     assert {choice["impl"] for choice in content["auto"]} == {"torch"}
     assert all(choice["reason"] for choice in content["auto"])
     assert content["versions"]["torch"]

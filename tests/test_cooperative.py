@@ -20,7 +20,7 @@ HOPPER_SHARED_BYTES = 227 * 1024
 def compiled(which: str, cache: Path) -> dict[str, tuple[int, int]]:
     """Bytes of shared memory and of stack a thread of the variants of some kernels, by name."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py")), which],
+        [sys.executable, str(Path(__file__).with_name("compile_for_card.py")), which],
         capture_output=True,
         text=True,
         timeout=600,

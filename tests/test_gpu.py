@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from head_cases import (
     planned,
     row_weights,
     windows_of,
+    with_library,
 )
 from oracle import assert_close_as_torch, relative_error
 from torch import Tensor
@@ -41,12 +43,15 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The descriptor kernel needs rows of whole 16 bytes; the second shape takes the pointer kernel.
 SIZES = {"aligned": (300, 200, 1300), "odd": (301, 197, 1301)}
-SCHEDULES = {
+_EPILOGUE = {
     "one_chunk": fixed_schedule("gradient_in_forward"),
     "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=256),
     "windows": fixed_schedule("recompute", vocab_window=512),
     "hybrid": fixed_schedule("hybrid", vocab_window=512, kept_share=0.6),
 }
+# By the library in several tiles of these sizes.
+SCHEDULES = with_library(_EPILOGUE, 2**20)
+products_by = pytest.mark.parametrize("product", ["epilogue", "tile"])
 
 
 def trained_head(
@@ -104,9 +109,9 @@ def test_kernels_of_other_cards_and_older_tritons(tile, dtype, monkeypatch):
     tuning = pytest.importorskip("hf_fused_head.kernels.tuning", reason="needs triton")
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     config = getattr(tuning, tile)._replace(num_programs=programs if tile == "HOPPER" else 0)
-    monkeypatch.setattr(triton_engine, "tile_config", lambda device, dtype: config)
+    monkeypatch.setattr(triton_engine, "tile_config", lambda device, dtype, by_library: config)
     operands, labels = operands_of(CASES["everything"], *SIZES["aligned"], dtype, "cuda")
-    for schedule in SCHEDULES.values():
+    for schedule in _EPILOGUE.values():
         check_forward_backward(triton_engine, CASES["everything"], operands, labels, schedule)
 
 
@@ -122,14 +127,16 @@ def test_gradients_are_nearer_to_float64_than_stock(schedule, monkeypatch):
         assert relative_error(ours, exact) <= relative_error(stock.grad, exact)
 
 
+@pytest.mark.parametrize("product_bytes", [0, 2**22], ids=["epilogue", "tile"])
 @pytest.mark.parametrize("late", [False, True], ids=["in_the_last_product", "late"])
-def test_error_does_not_grow_with_the_number_of_chunks(late, monkeypatch):
+def test_error_does_not_grow_with_the_number_of_chunks(late, product_bytes):
     hidden, weight, labels = trained_head(4096, 512, 8000)
     operands = plain_head(hidden, weight)
     _, truth = exact_gradients(operands, labels)
     errors = []
     for chunk in (4096, 1024, 256):
-        schedule = fixed_schedule("gradient_in_forward", chunk, late_rounding=late)
+        options = {"late_rounding": late, "product_bytes": product_bytes}
+        schedule = fixed_schedule("gradient_in_forward", chunk, **options)
         _, grads = mean_gradients(operands, labels, schedule)
         errors.append([relative_error(*pair) for pair in zip(grads, truth, strict=True)])
     for several in errors[1:]:
@@ -192,13 +199,15 @@ def test_more_than_65535_rows(monkeypatch):
     check_backward(triton_engine, case, operands, labels, schedule)
 
 
+@pytest.mark.parametrize("product_bytes", [0, 2**26], ids=["epilogue", "tile"])
 @pytest.mark.parametrize("hidden_size", [64, 60])
-def test_tiles_past_two_to_the_31(hidden_size, monkeypatch):
-    """A stored tile of more than 2**31 elements agrees with small ones, in both kernels."""
+def test_tiles_past_two_to_the_31(hidden_size, product_bytes):
+    """A stored tile of more than 2**31 elements agrees with small ones, in every kernel."""
     hidden, weight, labels = trained_head(17_000, hidden_size, 131_072)
     operands = plain_head(hidden, weight)
-    stats, grads = mean_gradients(operands, labels, fixed_schedule("gradient_in_forward"))
-    chunks = fixed_schedule("gradient_in_forward", 2048)
+    whole = fixed_schedule("gradient_in_forward", product_bytes=product_bytes)
+    stats, grads = mean_gradients(operands, labels, whole)
+    chunks = replace(whole, chunk_tokens=2048)
     small_stats, small = mean_gradients(operands, labels, chunks)
     assert torch.equal(stats.nll, small_stats.nll)
     assert relative_error(grads[0], small[0]) <= torch.finfo(torch.bfloat16).eps
@@ -219,7 +228,7 @@ def test_the_last_product_of_a_sum_is_rounded_once(num_tokens, vocab_size, hidde
     hidden = torch.randn(num_tokens, hidden_size, device=device).to(dtype)
     total = 30 * torch.randn(vocab_size, hidden_size, device=device)
     exact = total.double() + tile.double().t() @ hidden.double()
-    config = tuning.tile_config(device, dtype)
+    config = tuning.tile_config(device, dtype, by_library=False)
     rounded = []
     for _ in range(2):
         poisoned = torch.full((vocab_size + 1, hidden_size), float("nan"), dtype=dtype).to(device)
@@ -231,23 +240,24 @@ def test_the_last_product_of_a_sum_is_rounded_once(num_tokens, vocab_size, hidde
     assert relative_error(rounded[0], exact) <= 1.02 * best
 
 
+@products_by
 @pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "budget_mib", "chunks"),
     [(4096, 64, 1), (4096, 128, 1), (4096, 512, 1), (16_384, 384, 4), (16_384, 800, 2)],
 )
-def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing):
+def test_memory_stays_within_the_plan(num_tokens, budget_mib, chunks, smoothing, product):
     hidden, weight, labels = trained_head(num_tokens, 1024, 32_000)
     operands = plain_head(hidden, weight)
     needs, wanted = all_needs(operands), Wanted(smooth=smoothing)
-    schedule = planned(operands, "triton", budget_mib, needs=needs, wanted=wanted)
+    schedule = planned(operands, f"triton:{product}", budget_mib, needs=needs, wanted=wanted)
     mean_gradients(operands, labels, schedule, smoothing)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kept = mean_gradients(operands, labels, schedule, smoothing)
     peak = torch.cuda.max_memory_allocated() - before
-    assert num_tokens == chunks * schedule.chunk_tokens
+    assert product == "tile" or num_tokens == chunks * schedule.chunk_tokens
     assert peak <= schedule.workspace_bytes + schedule.gradient_bytes + 2**21
     del kept
 

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.triton_engine": ENGINE | {"kernels"},
     "engines.select": {
         *("engines.protocol", "engines.reference", "engines.torch_engine", "engines.triton_engine"),
-        "options",
+        *("options", "planning"),
     },
     "run_record": {"engines.select", "planning"},
     "ops": LEAVES | PLANNING | {"objective", "engines.protocol", "engines.select", "run_record"},

@@ -18,6 +18,7 @@ from head_cases import (
     in_float64,
     operands_of,
     row_weights,
+    with_library,
 )
 from oracle import assert_close_as_torch
 from plain_head import Problem, by_ours, by_plain, exact, results, widened
@@ -39,12 +40,15 @@ from hf_fused_head.objective import RowWeights, Wanted
 
 # Two row tiles and three column tiles of the interpreter's blocks, no size a multiple.
 SIZES = (19, 21, 70)
-SCHEDULES = {
+_EPILOGUE = {
     "one_chunk": fixed_schedule("gradient_in_forward"),
     "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=10),
     "windows": fixed_schedule("recompute", vocab_window=32),
     "hybrid": fixed_schedule("hybrid", vocab_window=32, kept_share=0.5),
 }
+# By the library one column tile at a time, of at most two row tiles.
+SCHEDULES = with_library(_EPILOGUE, 4 * 32 * 32)
+products = pytest.mark.parametrize("product", ["", ", tile"], ids=["epilogue", "tile"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def small_multiples(monkeypatch):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_every_schedule_is_as_exact_as_float32_products(name, schedule, monkeypatch):
-    sizes = (40, *SIZES[1:]) if schedule == "chunks" else SIZES
+    sizes = (40, *SIZES[1:]) if "chunks" in schedule else SIZES
     operands, labels = operands_of(CASES[name], *sizes, torch.float32, "cpu")
     check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES[schedule])
 
@@ -94,30 +98,37 @@ def test_no_part_of_the_rows_is_much_shorter_than_the_others(size, most, sizes):
     assert [part.start for part in parts] == [sum(sizes[:index]) for index in range(len(sizes))]
 
 
+@products
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("plain", "everything")])
-def test_every_option_with_stored_exponents(name, monkeypatch):
+def test_every_option_with_stored_exponents(name, product):
     operands, labels = operands_of(CASES[name], *SIZES, torch.float32, "cpu")
-    check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["one_chunk"])
+    schedule = SCHEDULES[f"one_chunk{product}"]
+    check_forward_backward(triton_engine, CASES[name], operands, labels, schedule)
 
 
+@products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "overflow"])
-def test_half_precision_is_as_exact_as_torch(name, dtype, monkeypatch):
+def test_half_precision_is_as_exact_as_torch(name, dtype, product):
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
-    check_forward_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["hybrid"])
+    schedule = SCHEDULES[f"hybrid{product}"]
+    check_forward_backward(triton_engine, CASES[name], operands, labels, schedule)
 
 
+@products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["everything", "class_weight_smooth", "softcap_smooth"])
-def test_any_upstream_gradient_per_token(name, dtype, monkeypatch):
+def test_any_upstream_gradient_per_token(name, dtype, product):
     operands, labels = operands_of(CASES[name], *SIZES, dtype, "cpu")
-    check_backward(triton_engine, CASES[name], operands, labels, SCHEDULES["windows"])
+    check_backward(triton_engine, CASES[name], operands, labels, SCHEDULES[f"windows{product}"])
 
 
+@products
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 2), (33, 7, 33)])
-def test_smallest_sizes(sizes, monkeypatch):
+def test_smallest_sizes(sizes, product):
     operands, labels = operands_of(CASES["plain"], *sizes, torch.float32, "cpu")
-    check_forward_backward(triton_engine, CASES["plain"], operands, labels, SCHEDULES["one_chunk"])
+    schedule = SCHEDULES[f"one_chunk{product}"]
+    check_forward_backward(triton_engine, CASES["plain"], operands, labels, schedule)
 
 
 def test_a_forgotten_softcap_fails(monkeypatch):
@@ -144,7 +155,7 @@ def test_descriptor_kernel_equals_pointer_kernel(dtype, halves):
         config = TileConfig(16, 32, 16, 2, 4, 1, programs, halves, False)
         sums = RowSums(*(torch.full((3, num_tokens), torch.nan) for _ in range(4)), anchor.clone())
         store = torch.full((num_tokens, vocab_size), torch.nan, dtype=dtype)
-        launch_exponents(head, labels, 0, anchor, sums, store, config, False)
+        launch_exponents(head, labels, 0, anchor, sums, store, config)
         results.append([*sums, store])
     for ours, theirs in zip(*results, strict=True):
         assert not ours.isnan().any()
@@ -166,11 +177,12 @@ def test_confident_tokens_keep_their_digits(monkeypatch):
     assert (stats.nll < 1e-3).any()
 
 
+@products
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["far", "overflow"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_tokens_sure_of_another_class_keep_their_digits(reduction, scale, monkeypatch):
+def test_tokens_sure_of_another_class_keep_their_digits(reduction, scale, product, monkeypatch):
     """There lse and loss are large, and so is what rounding takes from them and from exponents."""
-    monkeypatch.setattr(ops, "plan", lambda problem: SCHEDULES["windows"])
+    monkeypatch.setattr(ops, "plan", lambda problem: SCHEDULES[f"windows{product}"])
     options = {"reduction": reduction, "logit_scale": scale}
     problem = Problem(shape=(40,), ignored=0, surprised=True, options=options)
     tensors = exact(problem.tensors(torch.float32))
@@ -198,7 +210,7 @@ def test_only_the_asked_gradients_are_made(monkeypatch):
                 assert torch.equal(grad, whole if flag else whole.new_empty(0))
 
 
-@pytest.mark.parametrize("schedule", ["chunks", "hybrid"])
+@pytest.mark.parametrize("schedule", ["chunks", "hybrid", "chunks, tile", "hybrid, tile"])
 def test_nothing_unwritten_is_read(schedule, monkeypatch):
     """With poisoned memory the results are finite, so everything that is read was written."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
@@ -273,11 +285,12 @@ def test_a_few_ignored_rows_change_nothing(name, schedule):
     check_forward_backward(engine, CASES[name], operands, labels, SCHEDULES[schedule])
 
 
-def test_a_speculative_launch_with_many_ignored_rows_is_rejected():
-    """Nothing is computed on the device, and the caller has to drop the rows."""
+@products
+def test_a_speculative_launch_with_many_ignored_rows_is_rejected(product):
+    """Nothing is written on the device, and the caller has to drop the rows."""
     operands, labels = operands_of(CASES["plain"], 64, *SIZES[1:], torch.float32, "cpu")
     weights = row_weights(CASES["plain"], 64, "cpu")
-    wanted, schedule = Wanted(), SCHEDULES["one_chunk"]
+    wanted, schedule = Wanted(), SCHEDULES[f"one_chunk{product}"]
     for places, rejected in (([5, 6], False), ([5, 6, 7], True)):
         launch = triton_engine.speculate(_ignore(labels, places), -100, SIZES[2], pytest.fail)
         head = (operands, launch.labels)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from hf_fused_head.engines import select
 from hf_fused_head.engines.select import resolve_impl, triton_obstacle
 from hf_fused_head.options import LossOptions
+from hf_fused_head.planning.cards import HOPPER
 
 GOOD = {
     "reduction": ("mean", "sum", "none"),
@@ -118,18 +120,16 @@ def test_auto_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = type(sys)("hf_fused_head.engines.triton_engine.engine")
     fused.unavailable_reason = lambda device_type, dtype: None
-    fused.unverified_reason = lambda device_type: None
     fused.slower_reason = lambda dtype: "an older kernel runs"
     monkeypatch.setitem(sys.modules, "hf_fused_head.engines.triton_engine.engine", fused)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(select, "card_of", lambda device: HOPPER)
     choice = resolve_impl("auto", "cuda", torch.bfloat16)
     assert choice.impl == "triton" and choice.reason.endswith("; an older kernel runs")
     fused.slower_reason = lambda dtype: None
     assert "older" not in resolve_impl("auto", "cuda", torch.bfloat16).reason
-    fused.unverified_reason = lambda device_type: "untried"
-    choice = resolve_impl("auto", "cuda", torch.bfloat16)
-    assert choice.impl == "torch"
-    assert "untried" in choice.reason
-    fused.unverified_reason = lambda device_type: None
+    assert resolve_impl("auto", "cuda", torch.bfloat16).product == "epilogue"
+    # float32 products have no kernel that is as fast as the library.
+    assert resolve_impl("auto", "cuda", torch.float32).product == "tile"
     assert resolve_impl("auto", "cpu", torch.bfloat16).impl == "torch"
     assert resolve_impl("triton", "cpu", torch.bfloat16).impl == "triton"

@@ -28,14 +28,14 @@ def assert_passes(*check: str, place: str) -> None:
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[:6000]}"
 
 
-def test_the_engine_reads_tf32_by_every_api_and_changes_no_setting() -> None:
+def test_every_engine_runs_under_every_setting_and_changes_none() -> None:
     """Each setting and each pair of them, in both orders."""
-    assert_passes("reads", place="cpu")
+    assert_passes("runs", place="cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [(), *((i,) for i in range(12)), (0, 6), (1, 5), (10, 1)])
-def test_kernels_round_to_tf32_where_products_of_torch_do(settings: tuple[int, ...]) -> None:
+def test_the_head_rounds_to_tf32_where_products_of_torch_do(settings: tuple[int, ...]) -> None:
     """After `SETTINGS` of the worker: each alone, and mixtures of the APIs."""
     assert_passes("computes", *map(str, settings), place="shared")
 

@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_fused_head.engines.protocol import Operands
-from hf_fused_head.engines.triton_engine import engine as triton_engine
-from hf_fused_head.engines.triton_engine.call import HeadCall
+from hf_fused_head.functional import linear_cross_entropy
 
 OPERATOR, BACKEND, GLOBAL = "operator", "backend", "global"
 
@@ -53,12 +50,12 @@ def expected(settings: Sequence[Setting]) -> bool:
     return next((value for value in values if value != "none"), "ieee") == "tf32"
 
 
-def fake_call(device: str) -> HeadCall:
-    """What the engine makes of tensors on `device`, which this machine need not have."""
-    with FakeTensorMode():
-        hidden, weight = torch.empty(3, 4, device=device), torch.empty(5, 4, device=device)
-        labels = torch.empty(3, dtype=torch.int64, device=device)
-    return triton_engine._call(Operands([hidden], [weight], None, None, 1.0, None), labels)
+def step(device: str) -> None:
+    """A loss and its gradients by every engine."""
+    for impl in ("triton:tile", "triton:epilogue", "torch", "reference"):
+        hidden, weight = (torch.ones(size, 4, device=device).requires_grad_() for size in (3, 5))
+        labels = torch.zeros(3, dtype=torch.int64, device=device)
+        linear_cross_entropy(hidden, weight, labels, impl=impl).backward()  # type: ignore[arg-type]
 
 
 def readings() -> list[object]:
@@ -79,20 +76,20 @@ def readings() -> list[object]:
     return found
 
 
-def reads(settings: Sequence[Setting]) -> None:
-    """The engine reads what torch follows, by any API, and leaves every setting as it is."""
+def runs(settings: Sequence[Setting]) -> None:
+    """Every engine runs, whichever API holds the settings, and leaves each as it is."""
     before = readings()
-    for device in ("cuda", "cpu"):
-        assert fake_call(device).allow_tf32 == (device == "cuda" and expected(settings))
+    step("cpu")
     assert readings() == before
     # The older API says the same where it says something.
     assert before[3] in (None, expected(settings))
 
 
 def computes(settings: Sequence[Setting]) -> None:
-    """On a GPU: torch's products and the kernels' round their operands, or neither does."""
-    from hf_fused_head.functional import linear_cross_entropy
-
+    """On a GPU: torch's products and the head's round their operands, or neither does."""
+    before = readings()
+    step("cuda")
+    assert readings() == before
     # A bit below the last one that TF32 keeps, in logits that are all the same.
     size = 1024
     hidden = torch.full((size, size), 1 + 2.0**-12, device="cuda")
@@ -108,16 +105,16 @@ def computes(settings: Sequence[Setting]) -> None:
 
 
 def in_children(combinations: list[tuple[Setting, ...]]) -> int:
-    """`reads` after each combination, in a process that has made no other; how many failed."""
-    # What the first fake tensor imports takes seconds, which no child should repeat.
-    fake_call("cpu")
+    """`runs` after each combination, in a process that has made no other; how many failed."""
+    # What the first step imports takes seconds, which no child should repeat.
+    step("cpu")
     failures = 0
     for settings in combinations:
         child = os.fork()
         if child == 0:
             try:
                 make(settings)
-                reads(settings)
+                runs(settings)
             except BaseException:
                 print("; ".join(setting.statement for setting in settings), file=sys.stderr)
                 traceback.print_exc()
@@ -135,7 +132,7 @@ def make(settings: Sequence[Setting]) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    if sys.argv[1] == "reads":
+    if sys.argv[1] == "runs":
         alone = [(), *itertools.permutations(SETTINGS, 1)]
         sys.exit(in_children([*alone, *itertools.permutations(SETTINGS, 2)]) > 0)
     chosen = [SETTINGS[int(index)] for index in sys.argv[2:]]

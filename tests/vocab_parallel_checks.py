@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_fused_head import linear_cross_entropy as fused_loss
 
-IMPLS = ("reference", "torch", *(["triton"] if find_spec("triton") else []))
+IMPLS = ("reference", "torch", *(["triton", "triton:tile"] if find_spec("triton") else []))
 
 
 def sizes_of(vocab_size: int) -> list[int]:

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import vocab_parallel_contract
-from head_cases import fixed_schedule, windows_of
+from head_cases import fixed_schedule, windows_of, with_library
 from oracle import assert_close_as_torch
 from plain_head import NAMES, Problem, by_plain, plain_logits, results, widened
 from ranks import run_cases
@@ -38,11 +38,12 @@ from hf_fused_head.planning.schedule import Schedule
 
 # Rows and columns that kernels cut in: tiles of a GPU are larger than those of the interpreter.
 UNIT = 256 if torch.cuda.is_available() else 32
-SCHEDULES = {
+_EPILOGUE = {
     "chunks": fixed_schedule("gradient_in_forward", chunk_tokens=UNIT),
     "windows": fixed_schedule("recompute", vocab_window=UNIT),
     "hybrid": fixed_schedule("hybrid", vocab_window=UNIT, kept_share=0.5),
 }
+SCHEDULES = with_library(_EPILOGUE, 4 * 32 * UNIT)
 
 
 def planned_as(name: str) -> Callable[[planning.Problem], Schedule]:
@@ -92,7 +93,7 @@ CASES: dict[str, Callable[[], None]] = dict(vocab_parallel_contract.CASES)
 def each_problem(impl: str, name: str) -> None:
     problem = PROBLEMS[name]
     # The interpreter takes its time.
-    shards = [sizes_of] if impl == "triton" else [sizes_of, halves_of]
+    shards = [sizes_of] if impl.startswith("triton") else [sizes_of, halves_of]
     for sizes in shards:
         check(problem, sizes(problem.vocab_size), impl)
 

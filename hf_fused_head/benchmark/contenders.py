@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from hf_fused_head.benchmark.accuracy import Result
 from hf_fused_head.benchmark.workloads import IGNORE_INDEX, Batch
-from hf_fused_head.engines.select import resolve_impl, triton_obstacle
+from hf_fused_head.engines.select import Choice, resolve_impl, triton_obstacle
 from hf_fused_head.functional import linear_cross_entropy
-from hf_fused_head.options import Impl
 from hf_fused_head.planning.cards import card_of
 from hf_fused_head.planning.problem import Problem, budget_bytes
 from hf_fused_head.planning.schedule import Schedule, plan, schedules
@@ -73,7 +72,7 @@ class Entrant:
     name: str
     about: str
     prepare: Callable[[Batch, str], Step]
-    impl: Impl | None = None
+    impl: str | None = None
     budget_mib: int | None = None
     group: ProcessGroup | None = None
 
@@ -119,20 +118,21 @@ def require(module: str, package: str, device: torch.device) -> None:
 
 
 def ours(
-    impl: Impl = "auto", budget_mib: int | None = None, group: ProcessGroup | None = None
+    impl: str = "auto", budget_mib: int | None = None, group: ProcessGroup | None = None
 ) -> Entrant:
     """Our head with one implementation and one budget; with a group, of its rank's rows."""
 
     def make_loss(batch: Batch) -> Loss:
-        if impl == "triton":
+        if impl.startswith("triton"):
             obstacle = triton_obstacle(batch.hidden.device.type, batch.hidden.dtype)
             if obstacle is not None:
                 raise Unavailable(obstacle)
+        options: Any = {"impl": impl, "memory_budget_mib": budget_mib, "process_group": group}
         return lambda hidden, weight, labels: linear_cross_entropy(
-            hidden, weight, labels, impl=impl, memory_budget_mib=budget_mib, process_group=group
+            hidden, weight, labels, **options
         )
 
-    name = "ours" if impl == "auto" else f"ours:{impl}"
+    name = "ours" if impl == "auto" else f"ours:{impl.removeprefix('triton:')}"
     name += "" if budget_mib is None else f"@{budget_mib}"
     return Entrant(name, "this project's head", _by_autograd(make_loss), impl, budget_mib, group)
 
@@ -263,9 +263,11 @@ _OTHERS = {
         Entrant("quack", "QuACK", _by_autograd(_quack_loss)),
     )
 }
-OUR_IMPLS: dict[str, Impl] = {
+OUR_IMPLS = {
     "ours": "auto",
     "ours:triton": "triton",
+    "ours:epilogue": "triton:epilogue",
+    "ours:tile": "triton:tile",
     "ours:torch": "torch",
     "ours:reference": "reference",
 }
@@ -308,10 +310,10 @@ def _budget(text: str) -> int:
     return int(text)
 
 
-def impl_of(entrant: Entrant, batch: Batch) -> str:
+def choice_of(entrant: Entrant, batch: Batch) -> Choice:
     """The implementation that ours uses for the batch."""
     hidden = batch.hidden
-    return resolve_impl(entrant.impl or "auto", hidden.device, hidden.dtype).impl
+    return resolve_impl(entrant.impl or "auto", hidden.device, hidden.dtype)
 
 
 def schedule_of(entrant: Entrant, batch: Batch, mode: str) -> Schedule | None:
@@ -339,13 +341,14 @@ def every_schedule(entrant: Entrant, batch: Batch, mode: str) -> list[Entrant]:
 
 
 def _problem(entrant: Entrant, batch: Batch, mode: str) -> Problem:
-    hidden = batch.hidden
+    hidden, choice = batch.hidden, choice_of(entrant, batch)
     return Problem(
         num_tokens=batch.num_valid,
         hidden_size=hidden.shape[1],
         vocab_size=len(batch.weight),
         dtype=hidden.dtype,
-        impl=impl_of(entrant, batch),
+        impl=choice.impl,
+        product=choice.product,
         card=card_of(hidden.device),
         grad_hidden=mode != "fwd",
         grad_weight=mode == "fwd+bwd",

@@ -14,9 +14,9 @@ from rich.table import Table
 from hf_fused_head.benchmark.columns import mebibytes
 from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import WORKLOADS
-from hf_fused_head.engines.select import Choice, resolve_impl
+from hf_fused_head.engines.select import HOW, Choice, product_on, resolve_impl
 from hf_fused_head.options import FLOAT_DTYPES
-from hf_fused_head.planning.cards import card_of_type
+from hf_fused_head.planning.cards import Card, card_named, card_of_type
 from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB, Problem, budget_bytes
 from hf_fused_head.planning.schedule import schedules
 
@@ -154,6 +154,7 @@ def estimate(
     num_tokens: int,
     *,
     device_type: str,
+    card: str | None = None,
     impl: str = "auto",
     frozen_head: bool = False,
     per_token: bool = False,
@@ -166,6 +167,7 @@ def estimate(
         shape: The head.
         num_tokens: Tokens of a step whose label counts.
         device_type: "cuda" or "cpu".
+        card: Name of a card that need not be here; None for a device of that type.
         impl: As in `linear_cross_entropy`.
         frozen_head: Whether the head gets no gradient.
         per_token: Whether the upstream gradient arrives per token (`reduction="none"`).
@@ -173,17 +175,19 @@ def estimate(
         shared_hidden: Whether the head is one rank's rows of a larger one.
 
     Raises:
-        ValueError: If there is no such `impl`.
+        ValueError: If there is no such `impl`, or no such card is known.
         NotImplementedError: If the named `impl` does not support device or dtype.
     """
-    choice = _choice(impl, device_type, shape.dtype)
+    record = card_of_type(device_type) if card is None else card_named(card)
+    choice = _choice(impl, record, shape.dtype, known=card is not None)
     problem = Problem(
         num_tokens=num_tokens,
         hidden_size=shape.hidden_size,
         vocab_size=shape.vocab_size,
         dtype=shape.dtype,
         impl=choice.impl,
-        card=card_of_type(device_type),
+        card=record,
+        product=choice.product,
         grad_weight=not frozen_head,
         per_token=per_token,
         sums_hidden=shared_hidden,
@@ -206,14 +210,17 @@ def estimate(
         for candidate in candidates
     ]
     stock = _stock(shape, num_tokens, chosen.gradient_bytes, frozen_head, memory_budget_mib)
-    return Estimate(shape, num_tokens, choice.impl, choice.reason, stock, options)
+    return Estimate(shape, num_tokens, choice.name, choice.reason, stock, options)
 
 
-def _choice(impl: str, device_type: str, dtype: torch.dtype) -> Choice:
-    absent = device_type == "cuda" and not torch.cuda.is_available()
-    if absent and impl in ("auto", "triton") and dtype != torch.float64:
-        return Choice("triton", "planned for a CUDA device, which this machine has not")
-    return resolve_impl(impl, device_type, dtype)
+def _choice(impl: str, card: Card, dtype: torch.dtype, known: bool) -> Choice:
+    """What `impl` means on a card; one that was named, or is not here, cannot be asked itself."""
+    here = not known and (card.device_type != "cuda" or torch.cuda.is_available())
+    if not here and impl in ("auto", "triton") and dtype != torch.float64:
+        product = product_on(card, dtype)
+        what = f"{card.name}, which need not be here: {HOW[product]}"
+        return Choice("triton", f"planned for {what}", product)
+    return resolve_impl(impl, card.device_type, dtype)
 
 
 def _stock(

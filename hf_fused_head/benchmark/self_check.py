@@ -14,9 +14,8 @@ from hf_fused_head.benchmark.columns import number
 from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import Batch, Workload, make_batch
 from hf_fused_head.engines.select import resolve_impl
-from hf_fused_head.options import Impl
 
-IMPLS: tuple[Impl, ...] = ("triton", "torch", "reference")
+IMPLS = ("triton:epilogue", "triton:tile", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # No size is a multiple of a tile, and a quarter of the labels is ignored.
@@ -57,7 +56,8 @@ class AutoChoice:
 
 def auto_choices(device: torch.device) -> list[AutoChoice]:
     """The choice of "auto" for every dtype."""
-    return [AutoChoice(_name(dtype), *resolve_impl("auto", device, dtype)) for dtype in DTYPES]
+    choices = {dtype: resolve_impl("auto", device, dtype) for dtype in DTYPES}
+    return [AutoChoice(_name(dtype), it.name, it.reason) for dtype, it in choices.items()]
 
 
 def self_checks(device: torch.device) -> list[Check]:
@@ -71,7 +71,7 @@ def self_checks(device: torch.device) -> list[Check]:
     return checks
 
 
-def _check(impl: Impl, batch: Batch, truth: Result, stock: Errors) -> Check:
+def _check(impl: str, batch: Batch, truth: Result, stock: Errors) -> Check:
     dtype = batch.hidden.dtype
     try:
         step = contenders.ours(impl).prepare(batch, "fwd+bwd")

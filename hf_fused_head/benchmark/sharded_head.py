@@ -132,7 +132,7 @@ def _record(
 def _prepare(lane: _Lane) -> None:
     with Guard(lane):
         lane.step = lane.entrant.prepare(lane.batch, _MODE)
-        lane.record.impl = contenders.impl_of(lane.entrant, lane.batch)
+        lane.record.impl = contenders.choice_of(lane.entrant, lane.batch).name
         schedule = contenders.schedule_of(lane.entrant, lane.batch, _MODE)
         lane.record.schedule = None if schedule is None else schedule.name
 

@@ -240,7 +240,7 @@ def _prepare(lane: _Lane, batch: Batch, mode: str) -> None:
         schedule = contenders.schedule_of(lane.entrant, batch, mode)
         if schedule is not None:
             budget_mib = lane.entrant.budget_mib or DEFAULT_MEMORY_BUDGET_MIB
-            lane.record.impl = contenders.impl_of(lane.entrant, batch)
+            lane.record.impl = contenders.choice_of(lane.entrant, batch).name
             lane.record.schedule = schedule.name
             lane.record.memory_budget_bytes = int(budget_mib * 2**20)
 

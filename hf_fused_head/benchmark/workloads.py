@@ -50,6 +50,10 @@ WORKLOADS = {
         Workload("qwen3-0.6b", 16384, 1024, 151936, "bfloat16", "Qwen3-0.6B"),
         Workload("llama3-8b-32k", 32768, 4096, 128256, "bfloat16", "Llama-3-8B, long context"),
         Workload("llama3-8b-128k", 131072, 4096, 128256, "bfloat16", "Llama-3-8B, longer context"),
+        Workload("gemma3-270m", 8192, 640, 262144, "bfloat16", "Gemma-3-270M"),
+        Workload("llama3.2-1b-2k", 2048, 2048, 128256, "bfloat16", "Llama-3.2-1B, a small batch"),
+        Workload("qwen2.5-0.5b-1k", 1024, 896, 151936, "bfloat16", "Qwen2.5-0.5B, a small batch"),
+        Workload("llama3-8b-512", 512, 4096, 128256, "bfloat16", "Llama-3-8B, a small batch"),
         Workload("smollm2-cpu", 2048, 576, 49152, "float32", "SmolLM2-135M on a CPU"),
         Workload("smoke", 192, 64, 1031, "float32", "seconds on one core; V is prime"),
     )

@@ -37,6 +37,10 @@ def plan(
     sp: Annotated[int, typer.Option("--sp", min=1, help="Ranks that share every sequence.")] = 1,
     impl: Annotated[str, typer.Option("--impl", help="auto, triton, torch or reference.")] = "auto",
     device: DeviceOption = None,
+    card: Annotated[
+        str | None,
+        typer.Option("--card", help="A GPU that need not be here, for example 'NVIDIA A100'."),
+    ] = None,
     json_file: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -49,7 +53,7 @@ def plan(
     from hf_fused_head.benchmark import environment, estimate, scaling
 
     # A plan may be for a machine that this one is not, so the device need not be here.
-    device_type = device or environment.default_device().type
+    device_type = device or ("cuda" if card else environment.default_device().type)
     if device_type not in ("cpu", "cuda"):
         raise common.UserError(f"`--device` must be cpu or cuda, got {device_type!r}")
     layout = scaling.Layout(tp, fsdp, sp)
@@ -60,6 +64,7 @@ def plan(
             replace(shape, vocab_size=share.rows),
             share.tokens,
             device_type=device_type,
+            card=card,
             impl=impl,
             frozen_head=frozen_head,
             per_token=per_token,

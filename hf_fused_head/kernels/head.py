@@ -27,13 +27,12 @@ from hf_fused_head.kernels.tuning import (
     cdiv,
     interpreted,
     low_rank_block,
-    product_precision,
 )
 
 # Sizes that change from batch to batch or from window to window must not compile a kernel each.
 _VARYING = ["num_tokens", "local_vocab_size", "vocab_start"]
-_NO_SUMS = RowSums(*[None] * len(RowSums._fields))
-_NO_GRADIENT = RowFactors(*[None] * len(RowFactors._fields))
+NO_SUMS = RowSums(*[None] * len(RowSums._fields))
+NO_GRADIENT = RowFactors(*[None] * len(RowFactors._fields))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -60,7 +59,6 @@ def _head_descriptor_kernel(
     NUM_PROGRAMS: tl.constexpr,
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -98,7 +96,7 @@ def _head_descriptor_kernel(
             if UPCAST:
                 hidden = hidden.to(tl.float32)
                 weight = weight.to(tl.float32)
-            acc = tl.dot(hidden, weight.T, acc, input_precision=PRECISION)
+            acc = tl.dot(hidden, weight.T, acc, input_precision="ieee")
 
         tile_done += NUM_PROGRAMS
         pid_t, pid_v = tile_position(tile_done, num_tiles_t, num_tiles_v, GROUP_T)
@@ -114,7 +112,6 @@ def _head_descriptor_kernel(
                 local_vocab_size,
                 BLOCK_R,
                 False,
-                PRECISION,
                 UPCAST,
             )
         tile = finish_tile(acc, launch, offs_t, offs_v, pid_v * BLOCK_V, EXACT)
@@ -149,7 +146,6 @@ def _head_pointer_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_T: tl.constexpr,
     EVEN_H: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -184,7 +180,6 @@ def _head_pointer_kernel(
         local_vocab_size,
         BLOCK_H,
         EVEN_H,
-        PRECISION,
         UPCAST,
     )
     if low_pair is not None:
@@ -197,7 +192,6 @@ def _head_pointer_kernel(
             local_vocab_size,
             BLOCK_R,
             False,
-            PRECISION,
             UPCAST,
         )
     tile = finish_tile(acc, launch, offs_t, offs_v, pid_v * BLOCK_V, EXACT)
@@ -224,7 +218,6 @@ def launch_exponents(
     sums: RowSums,
     store: Tensor | None,
     config: TileConfig,
-    allow_tf32: bool,
     skip: Tensor | None = None,
 ) -> None:
     """One pass over the head: the row sums of the exponents, and with a store the exponents too.
@@ -241,10 +234,9 @@ def launch_exponents(
             times the softcap's slope, zero at the labels; it does not have to be zeroed. None to
             store nothing.
         config: The tile.
-        allow_tf32: Whether float32 products may round their operands to tf32.
         skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
-    _launch(head, labels, vocab_start, anchor, sums, _NO_GRADIENT, store, config, allow_tf32, skip)
+    _launch(head, labels, vocab_start, anchor, sums, NO_GRADIENT, store, config, skip)
 
 
 def launch_gradient(
@@ -254,7 +246,6 @@ def launch_gradient(
     gradient: RowFactors,
     store: Tensor,
     config: TileConfig,
-    allow_tf32: bool,
 ) -> None:
     """One pass over the head that writes the gradient of `hidden @ weight.T`.
 
@@ -266,9 +257,8 @@ def launch_gradient(
         gradient: The row factors, contiguous.
         store: [T, window], unit stride along V, written; it does not have to be zeroed.
         config: The tile.
-        allow_tf32: Whether float32 products may round their operands to tf32.
     """
-    _launch(head, labels, vocab_start, None, _NO_SUMS, gradient, store, config, allow_tf32, None)
+    _launch(head, labels, vocab_start, None, NO_SUMS, gradient, store, config, None)
 
 
 def _launch(
@@ -280,7 +270,6 @@ def _launch(
     gradient: RowFactors,
     store: Tensor | None,
     config: TileConfig,
-    allow_tf32: bool,
     skip: Tensor | None,
 ) -> None:
     """Launches the kernel that `config` asks for, or the pointer kernel where it cannot run."""
@@ -311,7 +300,6 @@ def _launch(
         BLOCK_H=config.block_h,
         BLOCK_R=low_rank_block(0 if head.low is None else head.low.shape[1]),
         GROUP_T=config.group_t,
-        PRECISION=product_precision(allow_tf32),
         UPCAST=interpreted(),
         EXACT=head.hidden.dtype == torch.float32,
         num_warps=config.num_warps,

@@ -22,7 +22,6 @@ from hf_fused_head.kernels.tuning import (
     cdiv,
     interpreted,
     low_rank_block,
-    product_precision,
 )
 from hf_fused_head.objective import RowWeights
 
@@ -39,7 +38,6 @@ def _overflow_tile(
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """What `logits_of` returns of some rows and columns, [BLOCK, BLOCK]."""
@@ -53,7 +51,6 @@ def _overflow_tile(
         vocab_size,
         BLOCK_H,
         False,
-        PRECISION,
         UPCAST,
     )
     if low_pair is not None:
@@ -66,7 +63,6 @@ def _overflow_tile(
             vocab_size,
             BLOCK_R,
             False,
-            PRECISION,
             UPCAST,
         )
     return logits_of(acc, offs_v, vocab_size, logit_options)
@@ -90,7 +86,6 @@ def _overflow_kernel(
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program i owns BLOCK rows and all of V; writes `RowOutputs` and stored exponents.
@@ -124,7 +119,6 @@ def _overflow_kernel(
             BLOCK,
             BLOCK_H,
             BLOCK_R,
-            PRECISION,
             UPCAST,
         )
         other = (offs_v[None, :] != labels[:, None]) & (offs_v < vocab_size)[None, :]
@@ -156,7 +150,6 @@ def _overflow_kernel(
                 BLOCK,
                 BLOCK_H,
                 BLOCK_R,
-                PRECISION,
                 UPCAST,
             )
             tile = tl.exp2((logits - row_max[:, None]) * LOG2E)
@@ -192,7 +185,6 @@ def launch_overflow(
     weights: RowWeights | None,
     outputs: RowOutputs,
     store: Tensor | None,
-    allow_tf32: bool,
 ) -> None:
     """Completes the rows that `launch_finish` marked as overflowed; arguments as there.
 
@@ -217,7 +209,6 @@ def launch_overflow(
         BLOCK=OVERFLOW_BLOCK,
         BLOCK_H=32,
         BLOCK_R=low_rank_block(0 if head.low is None else head.low.shape[1]),
-        PRECISION=product_precision(allow_tf32),
         UPCAST=interpreted(),
         num_warps=4,
         num_stages=2,

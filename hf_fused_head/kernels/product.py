@@ -31,7 +31,6 @@ def accumulate_product(
     local_vocab_size,
     BLOCK_H: tl.constexpr,
     EVEN_H: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Adds `hidden[offs_t] @ weight[offs_v].T` of a `MatrixPair` to `acc`.
@@ -56,7 +55,7 @@ def accumulate_product(
         if UPCAST:
             hidden = hidden.to(tl.float32)
             weight = weight.to(tl.float32)
-        acc = tl.dot(hidden, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(hidden, weight, acc, input_precision="ieee")
     return acc
 
 

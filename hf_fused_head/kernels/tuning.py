@@ -24,6 +24,8 @@ class TileConfig(NamedTuple):
         flatten: Whether its loads of the next tile start before the tile is finished.
         cooperative: Whether two consumer warp groups share two of these tiles that lie side by side
             (`cooperative`, and `last_product` where the head's gradient is rounded).
+        product_rows: Rows of the vendor library's product, at most, where the kernel has none of
+            its own (`logits_tile`); 0 where it has. The fields of a product are then not used.
     """
 
     block_t: int
@@ -36,6 +38,7 @@ class TileConfig(NamedTuple):
     halves: bool = False
     flatten: bool = False
     cooperative: bool = False
+    product_rows: int = 0
 
 
 # Hopper, 16-bit operands. On an H100 the fastest of eight at hidden sizes 1024 and 4096, stored or
@@ -58,8 +61,11 @@ PORTABLE = TileConfig(128, 128, 32, 8, 8, 4)
 PORTABLE_HIP = TileConfig(128, 128, 32, 8, 8, 2)
 # float32 products run on the plain arithmetic units, where a larger tile spills registers.
 FLOAT32 = TileConfig(64, 64, 16, 8, 4, 2)
+# Any card, the product by the vendor's library: enough rows to fill it.
+LIBRARY = TileConfig(16, 256, 0, 0, 8, 1, product_rows=4096)
 # The interpreter's time grows with a tile's elements, and small tiles give small tests edges.
 _INTERPRETER = TileConfig(16, 32, 16, 2, 4, 1)
+_INTERPRETER_LIBRARY = TileConfig(16, 32, 0, 0, 4, 1, product_rows=32)
 
 # Rows and columns of a tile of the kernel for overflowed rows, which seldom runs.
 OVERFLOW_BLOCK = 64
@@ -91,27 +97,16 @@ def supports_gluon() -> bool:
     return GLUON[0] <= version < GLUON[1]
 
 
-def product_precision(allow_tf32: bool) -> str:
-    """How `tl.dot` multiplies float32 operands.
+def tile_config(device: torch.device, dtype: torch.dtype, by_library: bool) -> TileConfig:
+    """The tile for operands of `dtype` on `device`.
 
-    A single TF32 product missed the error budget of stock's in the tests on one H200; three of them
-    keep more digits. Their time has not been measured. They are asked for on NVIDIA cards alone.
+    Args:
+        device: Where the kernels run.
+        dtype: Of the operands.
+        by_library: Whether the vendor's library makes the product.
     """
-    return "tf32x3" if allow_tf32 and torch.version.hip is None else "ieee"
-
-
-def allows_tf32(device: torch.device) -> bool:
-    """Whether float32 products on `device` may round their operands to TF32, as torch's own may.
-
-    `fp32_precision` is what torch's products follow: the setting of the operator, else that of the
-    backend, else the global one. The older `allow_tf32` and `set_float32_matmul_precision` write it
-    too; reading those instead raises once both kinds were used.
-    """
-    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
-    """The tile for operands of `dtype` on `device`."""
+    if by_library:
+        return _INTERPRETER_LIBRARY if interpreted() else LIBRARY
     if interpreted():
         return _INTERPRETER
     if dtype == torch.float32:

@@ -35,6 +35,11 @@ class Card:
         converts: Whether 16-bit operands are converted to float32 before a product.
         launch_bound_product: Multiplications of a product below which the device waits for the
             host to launch it.
+        epilogue_dtypes: Of the operands for which a kernel of the Triton engine with the loss in
+            the epilogue of its product is measured to be faster than the vendor's library with the
+            loss in a pass behind it.
+        verified: Whether the tests of the Triton engine have passed on such a card; on any other
+            its first call checks itself.
     """
 
     name: str
@@ -49,12 +54,23 @@ class Card:
     wave_loss: float = 0.0
     converts: bool = False
     launch_bound_product: int = 0
+    epilogue_dtypes: tuple[torch.dtype, ...] = ()
+    verified: bool = False
 
 
 # Two Zen 3 cores, 2048x576x49152 float32. Blocks that fit a cache gain nothing here, and on a busy
 # machine every block is one more barrier: 8 MiB took 2.2 times as long as 200 MiB then, 24 MiB 1.3
 # times as long.
-CPU = Card("cpu", "cpu", restart_tokens=50, block_bytes=48 * MIB, converts=True)
+# Triton's interpreter, which runs here for tests, takes the kernels that a test does not name.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CPU = Card(
+    "cpu",
+    "cpu",
+    restart_tokens=50,
+    block_bytes=48 * MIB,
+    converts=True,
+    epilogue_dtypes=_FLOATS,
+)
 
 # One H100, bfloat16. Restart: 8192x4096x128256. Accumulation: 590 tokens there, 970 at
 # 16384x1024x151936. Chunks: 32768x4096x128256 in three of 11008 tokens took 150.1 ms, in four of
@@ -73,10 +89,33 @@ HOPPER = Card(
     wave_tile=128,
     wave_loss=0.25,
     launch_bound_product=2**34,
+    epilogue_dtypes=(torch.bfloat16, torch.float16),
+    verified=True,
 )
 
-_BY_TYPE = {"cpu": CPU, "cuda": replace(HOPPER, name="NVIDIA GPU", capability=(0, 0))}
+_UNKNOWN_GPU = replace(
+    HOPPER, name="unknown GPU", capability=(0, 0), epilogue_dtypes=(), verified=False
+)
+_BY_TYPE = {"cpu": CPU, "cuda": _UNKNOWN_GPU}
 _BY_CAPABILITY = {(9, 0): HOPPER}
+# Cards that a plan can be asked for where they are not: compute capability and multiprocessors, as
+# their vendors state them; AMD's have no capability of this kind.
+_NAMED = {
+    "NVIDIA T4": ((7, 5), 40),
+    "NVIDIA A100": ((8, 0), 108),
+    "NVIDIA A10": ((8, 6), 72),
+    "NVIDIA GeForce RTX 3090": ((8, 6), 82),
+    "NVIDIA L4": ((8, 9), 58),
+    "NVIDIA L40S": ((8, 9), 142),
+    "NVIDIA GeForce RTX 4090": ((8, 9), 128),
+    "NVIDIA H100": ((9, 0), 132),
+    "NVIDIA H200": ((9, 0), 132),
+    "NVIDIA B200": ((10, 0), 148),
+    "NVIDIA GeForce RTX 5090": ((12, 0), 170),
+    "AMD Instinct MI250X": ((0, 0), 110),
+    "AMD Instinct MI300X": ((0, 0), 304),
+    "AMD Radeon RX 7900 XTX": ((0, 0), 96),
+}
 
 
 def card_of_type(device_type: str) -> Card:
@@ -86,6 +125,25 @@ def card_of_type(device_type: str) -> Card:
         device_type: "cpu", "cuda", ...
     """
     return _BY_TYPE.get(device_type) or replace(_BY_TYPE["cuda"], device_type=device_type)
+
+
+def card_named(name: str) -> Card:
+    """The record of a card that need not be here.
+
+    Args:
+        name: One of those known, in any case, with or without the vendor.
+
+    Raises:
+        ValueError: If no such card is known.
+    """
+    found = [known for known in _NAMED if known.lower().endswith(name.lower())]
+    if len(found) != 1:
+        raise ValueError(
+            f"`--card` must be one of {', '.join(_NAMED)}, got {name!r}: "
+            "a plan for --device cuda is for a card of which nothing is known"
+        )
+    capability, multiprocessors = _NAMED[found[0]]
+    return _with_properties(found[0], capability, multiprocessors)
 
 
 @lru_cache(maxsize=64)
@@ -99,10 +157,9 @@ def card_of(device: torch.device) -> Card:
         return card_of_type(device.type)
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor) if torch.version.hip is None else (0, 0)
-    card = _BY_CAPABILITY.get(capability, card_of_type("cuda"))
-    return replace(
-        card,
-        name=properties.name,
-        capability=capability,
-        multiprocessors=properties.multi_processor_count,
-    )
+    return _with_properties(properties.name, capability, properties.multi_processor_count)
+
+
+def _with_properties(name: str, capability: tuple[int, int], multiprocessors: int) -> Card:
+    card = _BY_CAPABILITY.get(capability, _UNKNOWN_GPU)
+    return replace(card, name=name, capability=capability, multiprocessors=multiprocessors)

@@ -14,6 +14,13 @@ DEFAULT_MEMORY_BUDGET_MIB = 1024
 # The largest share of label smoothing that is subtracted after the rounding of a stored tile.
 _LARGEST_LATE_SMOOTHING = 0.5
 
+# Memory for products that the vendor's library makes tile by tile, of which a pass reads each while
+# it lies in the L2 cache: at most so many bytes, and a share of the budget, but at least a block of
+# columns for as many rows as fill a card.
+_PRODUCT_BYTES = 64 * 2**20
+_PRODUCT_SHARE = 8
+_SMALLEST_PRODUCT = 4 * 4096 * 256
+
 # Token counts within 1/16 of each other share a plan of the Triton engine, whose tiles round up.
 _ROUND_TO = 256
 
@@ -44,6 +51,8 @@ class Problem:
         softcap: Whether the logits are capped.
         class_weight: Whether classes have weights.
         entropy: Whether the entropy of a row, or its gradient, is asked for.
+        product: Who makes the product of hidden states and head ("triton"): "epilogue" for a kernel
+            with the loss in its epilogue, "tile" for the vendor's library.
         sums_hidden: Whether ranks sum their parts of the hidden states' gradient, in float32.
         budget_bytes: Largest workspace beyond inputs, outputs and gradients in their own dtype. If
             nothing fits, the smallest step is taken, and the schedule says so.
@@ -63,6 +72,7 @@ class Problem:
     softcap: bool = False
     class_weight: bool = False
     entropy: bool = False
+    product: str = "epilogue"
     sums_hidden: bool = False
     budget_bytes: int = DEFAULT_MEMORY_BUDGET_MIB * 2**20
 
@@ -92,6 +102,14 @@ class Problem:
     def widened(self) -> bool:
         """Whether the forward leaves float32 gradients as sums: a loss scale arrives after it."""
         return self.dtype == torch.float16 and not self.windows_only
+
+    @property
+    def product_bytes(self) -> int:
+        """Memory for the library's products; 0 where kernels make them."""
+        if self.impl != "triton" or self.product != "tile":
+            return 0
+        most = max(min(_PRODUCT_BYTES, self.budget_bytes // _PRODUCT_SHARE), _SMALLEST_PRODUCT)
+        return min(most, 4 * self.num_tokens * -(-self.vocab_size // 256) * 256)
 
     @property
     def scratch_blocks(self) -> int:

@@ -55,6 +55,8 @@ class Schedule:
         reason: A sentence for people.
         late_rounding: Whether the head's gradient, summed over chunks in float32, is rounded when
             the tile is gone, where that was; otherwise by the last chunk's product.
+        product_bytes: Memory for the products of hidden states and head that the vendor's library
+            makes ("triton"); 0 where kernels make them.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Schedule:
     fits: bool
     reason: str
     late_rounding: bool = False
+    product_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -295,6 +298,7 @@ class _Planner:
             fits=fits,
             reason=f"{_REASONS[name]}; {verdict}",
             late_rounding=self.is_late(name, tile),
+            product_bytes=problem.product_bytes,
         )
 
 

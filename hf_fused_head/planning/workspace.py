@@ -40,7 +40,7 @@ def workspace_bytes(problem: Problem, name: str, tile: Tile, late: bool = False)
         logits = problem.num_tokens * problem.vocab_size
         return (5 * logits + 2 * operands) * problem.sum_bytes
     if problem.impl == "triton":
-        return _triton_bytes(problem, name, tile, late)
+        return problem.product_bytes + _triton_bytes(problem, name, tile, late)
     return _torch_bytes(problem, name, tile)
 
 
@@ -68,7 +68,10 @@ def _torch_bytes(problem: Problem, name: str, tile: Tile) -> int:
 
 
 def _triton_bytes(problem: Problem, name: str, tile: Tile, late: bool) -> int:
-    """What the Triton engine allocates: stored exponents or a window, row sums, float32 sums."""
+    """What the Triton engine allocates: stored exponents or a window, row sums, float32 sums.
+
+    Products that the library makes come on top.
+    """
     chunk, window, kept = tile
     item, wide = problem.item_bytes, problem.sum_bytes
     sums = chunk * -(-problem.vocab_size // _SUM_COLUMNS) * _SUM_BYTES

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
-from hf_fused_head.engines.protocol import Speculation
+from hf_fused_head.engines.protocol import Rejected, Speculation
 from hf_fused_head.kernels.operands import Head, RowOutputs
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
 from hf_fused_head.objective import Wanted
@@ -20,7 +20,7 @@ class HeadCall(NamedTuple):
     head: Head
     labels: Tensor  # [T] int64; negative where none counts
     config: TileConfig
-    allow_tf32: bool  # for float32 products
+    product_bytes: int  # memory for products that the library makes
     sums_bytes: int  # the most memory that the row sums of a pass may take
     speculation: Speculation | None = None  # until the host knows which labels count
     shard: VocabShard = WHOLE
@@ -48,6 +48,15 @@ class HeadCall(NamedTuple):
         All ranks make the statistics of equally many rows at once, for their collectives.
         """
         return 4 * cdiv(self.shard.largest(self.local_vocab_size), self.config.block_v)
+
+    def decide(self) -> None:
+        """Waits for the decision of a speculation, if there is one.
+
+        Raises:
+            Rejected: If the speculation was rejected.
+        """
+        if self.speculation is not None and not self.speculation.commit():
+            raise Rejected
 
     def rows(self, rows: slice) -> HeadCall:
         return self._replace(head=self.head.rows(rows), labels=self.labels[rows])

@@ -1,4 +1,4 @@
-"""impl="triton": the head's product with the loss in its epilogue, gradients through cuBLAS.
+"""impl="triton": the loss on tiles of the head's product, gradients through the vendor's library.
 
 The exponents e_j = exp(z_j - z_y) of a row need no maximum and no second sweep: with s their sum
 over j != y, the loss is log1p(s) and the gradient of the logits is
@@ -36,7 +36,6 @@ from hf_fused_head.kernels.operands import Head, RowOutputs, Totals
 from hf_fused_head.kernels.rows import launch_count, launch_multiply
 from hf_fused_head.kernels.tuning import (
     GLUON,
-    allows_tf32,
     interpreted,
     supports_gluon,
     tile_config,
@@ -45,9 +44,8 @@ from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
 from hf_fused_head.planning.schedule import Schedule
 from hf_fused_head.planning.workspace import TRITON_SUMS_BYTES
 
-# Compute capabilities of the devices on which the tests of this engine have passed.
-_VERIFIED = {(9, 0)}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Compute capabilities that Triton compiles for and, with bfloat16, whose arithmetic has it.
+_OLDEST = {torch.float16: (7, 5), torch.bfloat16: (8, 0), torch.float32: (7, 5)}
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
@@ -57,7 +55,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
         device_type: "cuda", or "cpu" for Triton's interpreter (`TRITON_INTERPRET=1`).
         dtype: The dtype of the hidden states and the head.
     """
-    if dtype not in _DTYPES:
+    if dtype not in _OLDEST:
         return f"they take float16, bfloat16 and float32, not {dtype}"
     if device_type == "cpu":
         return None if interpreted() else "on the CPU they need TRITON_INTERPRET=1"
@@ -68,20 +66,9 @@ def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < (8, 0):
-        return f"they need compute capability 8.0 or newer, this device has {capability}"
-    return None
-
-
-def unverified_reason(device_type: str) -> str | None:
-    """Why `impl="auto"` leaves this engine alone where it could run; None when it takes it."""
-    if device_type != "cuda":
-        return "kernels in the interpreter are for tests"
-    if torch.version.hip is not None:
-        return "its results on AMD devices have not been verified"
-    capability = torch.cuda.get_device_capability()
-    if capability not in _VERIFIED:
-        return f"its results on compute capability {capability} have not been verified"
+    if torch.version.hip is None and capability < _OLDEST[dtype]:
+        needed = ".".join(map(str, _OLDEST[dtype]))
+        return f"with {dtype} they need compute capability {needed} or newer, got {capability}"
     return None
 
 
@@ -105,7 +92,7 @@ def row_stats(
     speculation: Speculation | None = None,
 ) -> RowStats:
     """See `Engine.row_stats`: one pass that stores no tile."""
-    call = _call(operands, labels, speculation)
+    call = _call(operands, labels, schedule, speculation)
     outputs = call.outputs(wanted, factor=False, correction=True)
     with _on_device(labels.device):
         passes.statistics(call, None, outputs, None)
@@ -122,7 +109,7 @@ def stats_and_grads(
     speculation: Speculation | None = None,
 ) -> tuple[RowStats, list[Tensor]]:
     """See `Engine.stats_and_grads`."""
-    call = _call(operands, labels, speculation)
+    call = _call(operands, labels, schedule, speculation)
     weights = RowWeights(*(_contiguous(vector) for vector in weights))  # type: ignore[arg-type]
     grads = _empty_grads(operands, needs, widen_half=True)
     results = _named(call, grads, needs)
@@ -148,7 +135,7 @@ def row_grads(
     schedule: Schedule,
 ) -> list[Tensor]:
     """See `Engine.row_grads`."""
-    call = _call(operands, labels)
+    call = _call(operands, labels, schedule)
     grads = _empty_grads(operands, needs, widen_half=False)
     results = _named(call, grads, needs)
     vectors = (_contiguous(vector) for vector in upstream)
@@ -195,7 +182,12 @@ def multiply_(values: Tensor, factor: Tensor) -> Tensor:
     return values
 
 
-def _call(operands: Operands, labels: Tensor, speculation: Speculation | None = None) -> HeadCall:
+def _call(
+    operands: Operands,
+    labels: Tensor,
+    schedule: Schedule,
+    speculation: Speculation | None = None,
+) -> HeadCall:
     if len(operands.inputs) > 2:
         raise NotImplementedError(
             f"`operands` must hold at most two pairs for impl='triton', got "
@@ -213,12 +205,12 @@ def _call(operands: Operands, labels: Tensor, speculation: Speculation | None = 
         operands.logit_scale,
         operands.softcap,
     )
-    config = tile_config(labels.device, hidden.dtype)
+    config = tile_config(labels.device, hidden.dtype, by_library=schedule.product_bytes > 0)
     return HeadCall(
         head,
         labels.contiguous(),
         config,
-        allows_tf32(labels.device),
+        schedule.product_bytes,
         TRITON_SUMS_BYTES,
         speculation,
         operands.shard,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_fused_head.engines.protocol import Rejected
 from hf_fused_head.engines.triton_engine.call import HeadCall
+from hf_fused_head.engines.triton_engine.first_product import exponents, logits_gradient
 from hf_fused_head.engines.triton_engine.merging import merged_sums
 from hf_fused_head.engines.triton_engine.products import (
     EXTRA_ROWS,
@@ -18,7 +18,6 @@ from hf_fused_head.engines.triton_engine.row_factors import (
     row_gradient,
     smoothing_factor,
 )
-from hf_fused_head.kernels.head import launch_exponents, launch_gradient
 from hf_fused_head.kernels.operands import (
     Rounding,
     RowFactors,
@@ -94,28 +93,23 @@ def _row_statistics(
     launch_anchor(head, labels, target_logit, slope, skip)
     call.shard.sum(target_logit)
     _exponents(call, target_logit, sums, store)
-    if call.speculation is not None and not call.speculation.commit():
-        raise Rejected
+    call.decide()
     anchor, sums = _of_all_ranks(call, target_logit, sums, store)
     class_total = None if outputs.smooth is None else call.class_total()
     rest = (class_total, weights, outputs, store)
     launch_finish(head, labels, anchor, target_logit, slope, sums, call.vocab_size, *rest)
-    launch_overflow(head, labels, target_logit, slope, *rest, call.allow_tf32)
+    launch_overflow(head, labels, target_logit, slope, *rest)
 
 
 def _exponents(call: HeadCall, anchor: Tensor, sums: RowSums, store: Tensor | None) -> None:
     """Row sums of every tile around `anchor`, and the exponents of the columns that are kept."""
-    head, labels = call.head, call.labels
     kept = 0 if store is None else store.shape[1]
-    skip = None if call.speculation is None else call.speculation.rejected
-    run = (call.config, call.allow_tf32, skip)
     if store is not None:
         kept_sums = sums.tiles(slice(0, cdiv(kept, call.config.block_v)))
-        launch_exponents(head.window(slice(0, kept)), labels, 0, anchor, kept_sums, store, *run)
+        exponents(call, slice(0, kept), anchor, kept_sums, store)
     if kept < call.local_vocab_size:
         rest_sums = sums.tiles(slice(kept // call.config.block_v, None))
-        rest = head.window(slice(kept, None))
-        launch_exponents(rest, labels, kept, anchor, rest_sums, None, *run)
+        exponents(call, slice(kept, call.local_vocab_size), anchor, rest_sums, None)
 
 
 def _of_all_ranks(
@@ -309,15 +303,14 @@ def recomputed_gradients(
     store = call.tile(call.num_tokens, parts[0].stop)
     for part in windows:
         tile = store[:, : part.stop - part.start]
-        head = call.head.window(part)
-        launch_gradient(head, call.labels, part.start, gradient, tile, call.config, call.allow_tf32)
+        logits_gradient(call, part, gradient, tile)
         part_totals, part_results = totals.window(part), results.window(part)
         if half:
             part_totals = part_totals._replace(
                 weight=[_accumulator(t, True) for t in part_results.weight],
                 bias=_accumulator(part_results.bias, True),
             )
-        window_gradients(head, tile, part_totals, accumulate)
+        window_gradients(call.head.window(part), tile, part_totals, accumulate)
         _copy(
             [*part_totals.weight, part_totals.bias],
             [*part_results.weight, part_results.bias],

@@ -1,6 +1,8 @@
-"""Compiles the kernels for a Hopper card on a machine without one; prints what each takes.
+"""Compiles kernels for a card on a machine without one; prints what each takes.
 
-One line for each variant: its name, bytes of shared memory, bytes of stack a thread.
+One line for each variant: its name, bytes of shared memory, bytes that a thread spills. The first
+argument says which kernels: "gluon" and "triton" for those of a Hopper card, "any" for those that
+run on the card that the second argument names, for example "sm_80" or "gfx942".
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from hf_fused_head.kernels import head, overflow, rows, statistics, tuning
+from hf_fused_head.kernels import head, logits_tile, overflow, rows, statistics, tuning
 from hf_fused_head.kernels.operands import Head, RowFactors, RowOutputs, RowSums
 from hf_fused_head.kernels.tuning import TileConfig
 from hf_fused_head.objective import RowWeights
@@ -45,16 +47,28 @@ class Compiling:
         self.compiled = self.kernel.warmup(*args, **options)
 
 
-def stack_bytes(binary: bytes) -> int:
-    """What a thread spills."""
+def spilled_bytes(compiled: Any) -> int:
+    """What a thread keeps in memory for want of registers."""
+    if "amdgcn" in compiled.asm:
+        return int(re.findall(r"\.private_segment_fixed_size: (\d+)", compiled.asm["amdgcn"])[-1])
+    binary = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary)
         usage = subprocess.check_output([OBJDUMP, "-res-usage", file.name], text=True)
     return int(re.findall(r"STACK:(\d+)", usage)[-1])
 
 
+def dtype_for(card: str) -> torch.dtype:
+    """The 16-bit dtype of training on a card; Turing has no bfloat16."""
+    return torch.float16 if card == "sm_75" else torch.bfloat16
+
+
+CARD = (sys.argv[2:] or ["sm_90"])[0]
+DTYPE = dtype_for(CARD)
+
+
 def matrix(num_rows: int, num_columns: int) -> Tensor:
-    return torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
+    return torch.empty(num_rows, num_columns, dtype=DTYPE)
 
 
 HIDDEN_STATES, WEIGHT, STORE = matrix(TOKENS, HIDDEN), matrix(VOCAB, HIDDEN), matrix(TOKENS, VOCAB)
@@ -82,14 +96,14 @@ def head_kernels(kernel: Compiling, config: TileConfig) -> Iterator[tuple[str, A
     kinds += (("statistics", PLAIN, RowSums(SUMS, SUMS, None, SUMS, ROW)),)
     kinds += (("everything", EVERYTHING, ALL_SUMS),)
     for name, of, sums in kinds:
-        head.launch_exponents(of, LABELS, 0, ROW, sums, STORE, config, False, SKIP)
+        head.launch_exponents(of, LABELS, 0, ROW, sums, STORE, config, SKIP)
         yield name, kernel.compiled
         part, window = of.rows(slice(0, 31)).window(slice(0, 383)), STORE[:31, :383]
         first, kernel.compiled = kernel.compiled, None
-        head.launch_exponents(part, LABELS, 1, ROW, sums, window, config, False, SKIP)
+        head.launch_exponents(part, LABELS, 1, ROW, sums, window, config, SKIP)
         if kernel.compiled.hash != first.hash:
             raise RuntimeError(f"{name}: other sizes compile another kernel")
-    head.launch_gradient(EVERYTHING, LABELS, 0, ALL_FACTORS, STORE, config, False)
+    head.launch_gradient(EVERYTHING, LABELS, 0, ALL_FACTORS, STORE, config)
     yield "gradient", kernel.compiled
 
 
@@ -113,7 +127,7 @@ def row_kernels() -> Iterator[tuple[str, Any]]:
         yield f"anchor_{name}", anchor.compiled
         statistics.launch_finish(of, LABELS, ROW, ROW, slope, sums, VOCAB, *rest)
         yield f"finish_{name}", finish.compiled
-        overflow.launch_overflow(of, LABELS, ROW, slope, *rest, False)
+        overflow.launch_overflow(of, LABELS, ROW, slope, *rest)
         yield f"overflow_{name}", again.compiled
 
 
@@ -139,8 +153,52 @@ def triton_kernels() -> Iterator[tuple[str, Any]]:
     yield from row_kernels()
 
 
+def any_kernels() -> Iterator[tuple[str, Any]]:
+    """What runs on a card without kernels of its own."""
+    tile, config = Compiling(logits_tile, "_logits_tile_kernel"), tuning.LIBRARY
+    product = torch.empty(TOKENS, VOCAB)
+    few = RowSums(SUMS, None, None, None, None)
+    nothing = head.NO_GRADIENT
+    exact = PLAIN._replace(hidden=HIDDEN_STATES.float(), weight=WEIGHT.float())
+    for name, of, sums, factors, store in (
+        ("loss", PLAIN, few, nothing, None),
+        ("stored", PLAIN, few, nothing, STORE),
+        ("float32", exact, few, nothing, STORE.float()),
+        ("everything", EVERYTHING, ALL_SUMS, nothing, STORE),
+        ("gradient", EVERYTHING, head.NO_SUMS, ALL_FACTORS, STORE),
+    ):
+        anchor = ROW if factors is nothing else None
+        place = (0, 0, LABELS, 0, anchor, sums, factors, store, config, SKIP)
+        logits_tile.launch_logits_tile(of, product, *place)
+        yield f"tile_{name}", tile.compiled
+        first, tile.compiled = tile.compiled, None
+        part, window = of.rows(slice(0, 31)).window(slice(0, 383)), None
+        if store is not None:
+            window = store[:31, :383]
+        place = (16, 256, LABELS, 1, anchor, sums, factors, window, config, SKIP)
+        logits_tile.launch_logits_tile(part, product[:15, :127], *place)
+        if tile.compiled.hash != first.hash:
+            raise RuntimeError(f"{name}: other sizes compile another kernel")
+    yield from row_kernels()
+    for name, launch in (
+        ("count", lambda: rows.launch_count(LABELS, -100, VOCAB)),
+        ("scale_rows", lambda: rows.launch_scale_rows(HIDDEN_STATES, HIDDEN_STATES, ROW)),
+        ("multiply", lambda: rows.launch_multiply(HIDDEN_STATES, ROW)),
+    ):
+        kernel = Compiling(rows, f"_{name}_kernel")
+        launch()
+        yield name, kernel.compiled
+
+
+def target_of(card: str) -> GPUTarget:
+    """What Triton compiles for; AMD's compute cards run 64 threads together, their others 32."""
+    if card.startswith("sm_"):
+        return GPUTarget("cuda", int(card.removeprefix("sm_")), 32)
+    return GPUTarget("hip", card, 64 if card.startswith("gfx9") else 32)
+
+
 def main() -> None:
-    target = GPUTarget("cuda", 90, 32)
+    target = target_of(CARD)
     driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,
@@ -148,9 +206,9 @@ def main() -> None:
             get_current_target=lambda: target,
         )
     )
-    kernels = gluon_kernels if sys.argv[1] == "gluon" else triton_kernels
+    kernels = {"gluon": gluon_kernels, "triton": triton_kernels, "any": any_kernels}[sys.argv[1]]
     for name, compiled in kernels():
-        print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
+        print(name, compiled.metadata.shared, spilled_bytes(compiled))
 
 
 if __name__ == "__main__":

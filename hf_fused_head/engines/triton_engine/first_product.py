@@ -1,0 +1,88 @@
+"""The product of hidden states and head: inside a kernel, or by the vendor's library in tiles.
+
+Where a card has a kernel whose epilogue hides behind its product, that kernel runs. Everywhere else
+the library makes the product, as fast as anything on that card can, into float32 memory that stays
+in the L2 cache, and one elementwise kernel makes of it what the epilogue would have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_fused_head.engines.triton_engine.call import HeadCall
+from hf_fused_head.engines.triton_engine.products import product
+from hf_fused_head.kernels.head import NO_GRADIENT, NO_SUMS, launch_exponents, launch_gradient
+from hf_fused_head.kernels.logits_tile import launch_logits_tile
+from hf_fused_head.kernels.operands import Head, RowFactors, RowSums
+from hf_fused_head.kernels.tuning import cdiv
+
+
+def exponents(
+    call: HeadCall, window: slice, anchor: Tensor, sums: RowSums, store: Tensor | None
+) -> None:
+    """Row sums of the exponents of some columns, and maybe the exponents.
+
+    Args:
+        call: The rows. The library cannot leave out a product that is not wanted: with it a
+            speculation is decided behind the first tile.
+        window: The columns; the first is a multiple of a tile's width.
+        anchor: [T] float32.
+        sums: Of the window's tiles, written.
+        store: [T, window], written; None to store nothing.
+
+    Raises:
+        Rejected: If the speculation was rejected.
+    """
+    head = call.head.window(window)
+    skip = None if call.speculation is None else call.speculation.rejected
+    if not call.config.product_rows:
+        place = (call.labels, window.start, anchor, sums, store)
+        launch_exponents(head, *place, call.config, skip)
+        return
+    for first_t, first_v, tile in _products(head, call):
+        place = (first_t, first_v, call.labels, window.start, anchor)
+        launch_logits_tile(head, tile, *place, sums, NO_GRADIENT, store, call.config, skip)
+        if first_t == first_v == 0:
+            call.decide()
+
+
+def logits_gradient(call: HeadCall, window: slice, gradient: RowFactors, store: Tensor) -> None:
+    """The gradient of the products of some columns.
+
+    Args:
+        call: The rows.
+        window: The columns.
+        gradient: The row factors.
+        store: [T, window], written.
+    """
+    head = call.head.window(window)
+    if not call.config.product_rows:
+        launch_gradient(head, call.labels, window.start, gradient, store, call.config)
+        return
+    for first_t, first_v, tile in _products(head, call):
+        place = (first_t, first_v, call.labels, window.start, None)
+        launch_logits_tile(head, tile, *place, NO_SUMS, gradient, store, call.config, None)
+
+
+def _products(head: Head, call: HeadCall) -> Iterator[tuple[int, int, Tensor]]:
+    """Tiles of the product, float32, one after another in the same memory: (row, column, tile)."""
+    num_tokens, vocab_size = head.hidden.shape[0], head.weight.shape[0]
+    block_t, block_v = call.config.block_t, call.config.block_v
+    # Even parts rather than a short last one, and as wide as the memory allows.
+    parts = max(cdiv(num_tokens, call.config.product_rows), 1)
+    rows = cdiv(num_tokens, parts * block_t) * block_t
+    columns = max(call.product_bytes // (4 * rows * block_v), 1) * block_v
+    columns = min(columns, cdiv(vocab_size, block_v) * block_v)
+    memory = torch.empty((rows, columns), dtype=torch.float32, device=head.hidden.device)
+    for first_v in range(0, vocab_size, columns):
+        weights = slice(first_v, min(first_v + columns, vocab_size))
+        for first_t in range(0, num_tokens, rows):
+            tokens = slice(first_t, min(first_t + rows, num_tokens))
+            # The last columns keep the row stride, and so the alignment, of the others.
+            tile = memory[: tokens.stop - tokens.start, : weights.stop - weights.start]
+            for index, (hidden, weight) in enumerate(head.pairs()):
+                product(hidden[tokens], weight[weights].t(), tile, accumulate=index > 0)
+            yield first_t, first_v, tile

@@ -1,0 +1,135 @@
+"""Any card: what the loss makes of a tile of logits whose product the vendor's library has made.
+
+The product lies in float32 memory that is small enough to stay in the L2 cache between the
+library's kernel, which writes it, and this one, which reads it once. No line here depends on the
+card; the epilogue is that of the kernels with a product of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fused_head.kernels.arguments import (
+    Launch,
+    LogitOptions,
+    StoredTile,
+    options_of,
+    stored_tile,
+)
+from hf_fused_head.kernels.epilogue import finish_tile
+from hf_fused_head.kernels.operands import Head, RowFactors, RowSums
+from hf_fused_head.kernels.tuning import TileConfig, cdiv
+
+_VARYING = ["first_t", "first_v", "num_tokens", "local_vocab_size", "vocab_start"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _logits_tile_kernel(
+    product,
+    store,
+    labels_ptr,
+    anchor_ptr,
+    sums,
+    gradient,
+    skip_ptr,
+    logit_options,
+    first_t,
+    first_v,
+    num_tokens,
+    local_vocab_size,
+    vocab_start,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Program (j, i) owns row block i and column block j of the product.
+
+    Writes their row sums or, with `gradient`, none; and what `epilogue` makes of them, if there is
+    a store.
+    """
+    # Nested, since an absent pointer cannot be loaded from, also not behind `and`.
+    if skip_ptr is not None:  # noqa: SIM102
+        if tl.load(skip_ptr) != 0:
+            return
+    sums, gradient = RowSums(*sums), RowFactors(*gradient)
+    launch = Launch(
+        num_tokens,
+        local_vocab_size,
+        labels_ptr,
+        anchor_ptr if gradient.lse is None else gradient.lse,
+        vocab_start,
+        LogitOptions(*logit_options),
+        sums,
+        gradient,
+    )
+    product = StoredTile(*product)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_t = first_t + rows
+    offs_v = first_v + columns
+    inside = (offs_t < num_tokens)[:, None] & (offs_v < local_vocab_size)[None, :]
+    places = rows.to(tl.int64)[:, None] * product.stride_t + columns[None, :]
+    acc = tl.load(product.ptr + places, mask=inside, other=0.0)
+    tile = finish_tile(acc, launch, offs_t, offs_v, first_v + tl.program_id(0) * BLOCK_V, EXACT)
+    if store is not None:
+        store = StoredTile(*store)
+        places = offs_t.to(tl.int64)[:, None] * store.stride_t + offs_v[None, :]
+        tl.store(store.ptr + places, tile.to(store.ptr.dtype.element_ty), mask=inside)
+
+
+def launch_logits_tile(
+    head: Head,
+    product: Tensor,
+    first_t: int,
+    first_v: int,
+    labels: Tensor,
+    vocab_start: int,
+    anchor: Tensor | None,
+    sums: RowSums,
+    gradient: RowFactors,
+    store: Tensor | None,
+    config: TileConfig,
+    skip: Tensor | None,
+) -> None:
+    """One pass over a tile of `hidden @ weight.T`: row sums, and maybe exponents or gradients.
+
+    Args:
+        head: The head, or a window of it that starts at `vocab_start`.
+        product: [rows, columns] float32, unit stride along the columns: the head's product from row
+            `first_t` and column `first_v` on, without bias, scale and softcap.
+        first_t: First row of the tile, a multiple of `config.block_t`.
+        first_v: First column of the tile in the window, a multiple of `config.block_v`.
+        labels: [T] int64, contiguous, see `launch_exponents`.
+        vocab_start: First row of the window in this rank's shard.
+        anchor: [T] float32, contiguous; None with row factors.
+        sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, of which this
+            launch writes its own. Only `target` has to be zeroed.
+        gradient: The row factors, contiguous; all None for exponents.
+        store: [T, window], unit stride along V, of which this launch writes its tile; None to
+            store nothing.
+        config: The block of a program.
+        skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
+    """
+    num_rows, num_columns = product.shape
+    _logits_tile_kernel[(cdiv(num_columns, config.block_v), cdiv(num_rows, config.block_t))](
+        stored_tile(product),
+        stored_tile(store),
+        labels,
+        anchor,
+        tuple(sums),
+        tuple(gradient),
+        skip,
+        options_of(head),
+        first_t,
+        first_v,
+        head.hidden.shape[0],
+        head.weight.shape[0],
+        vocab_start,
+        BLOCK_T=config.block_t,
+        BLOCK_V=config.block_v,
+        EXACT=head.hidden.dtype == torch.float32,
+        num_warps=config.num_warps,
+    )
