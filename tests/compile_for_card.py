@@ -168,15 +168,15 @@ def any_kernels() -> Iterator[tuple[str, Any]]:
         ("gradient", EVERYTHING, head.NO_SUMS, ALL_FACTORS, STORE),
     ):
         anchor = ROW if factors is nothing else None
-        place = (0, 0, LABELS, 0, anchor, sums, factors, store, config, SKIP)
-        logits_tile.launch_logits_tile(of, product, *place)
+        rest = (anchor, sums, factors)
+        logits_tile.TilePass(of, LABELS, 0, *rest, store, config, SKIP).launch(product, 0, 0)
         yield f"tile_{name}", tile.compiled
         first, tile.compiled = tile.compiled, None
         part, window = of.rows(slice(0, 31)).window(slice(0, 383)), None
         if store is not None:
             window = store[:31, :383]
-        place = (16, 256, LABELS, 1, anchor, sums, factors, window, config, SKIP)
-        logits_tile.launch_logits_tile(part, product[:15, :127], *place)
+        tiles = logits_tile.TilePass(part, LABELS, 1, *rest, window, config, SKIP)
+        tiles.launch(product[:15, :127], 16, 256)
         if tile.compiled.hash != first.hash:
             raise RuntimeError(f"{name}: other sizes compile another kernel")
     yield from row_kernels()

@@ -7,6 +7,8 @@ card; the epilogue is that of the kernels with a product of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -80,56 +82,62 @@ def _logits_tile_kernel(
         tl.store(store.ptr + places, tile.to(store.ptr.dtype.element_ty), mask=inside)
 
 
-def launch_logits_tile(
-    head: Head,
-    product: Tensor,
-    first_t: int,
-    first_v: int,
-    labels: Tensor,
-    vocab_start: int,
-    anchor: Tensor | None,
-    sums: RowSums,
-    gradient: RowFactors,
-    store: Tensor | None,
-    config: TileConfig,
-    skip: Tensor | None,
-) -> None:
-    """One pass over a tile of `hidden @ weight.T`: row sums, and maybe exponents or gradients.
+class TilePass:
+    """One pass over `hidden @ weight.T` in tiles: row sums, and maybe exponents or gradients.
+
+    Its launches differ in the place of their tile alone, so that all but the first skip what Triton
+    finds out about the arguments: the host must not be slower than the library's products.
 
     Args:
         head: The head, or a window of it that starts at `vocab_start`.
-        product: [rows, columns] float32, unit stride along the columns: the head's product from row
-            `first_t` and column `first_v` on, without bias, scale and softcap.
-        first_t: First row of the tile, a multiple of `config.block_t`.
-        first_v: First column of the tile in the window, a multiple of `config.block_v`.
         labels: [T] int64, contiguous, see `launch_exponents`.
         vocab_start: First row of the window in this rank's shard.
         anchor: [T] float32, contiguous; None with row factors.
-        sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, of which this
+        sums: Row sums of the window's tiles, `ceil(window / config.block_v)` of them, of which each
             launch writes its own. Only `target` has to be zeroed.
         gradient: The row factors, contiguous; all None for exponents.
-        store: [T, window], unit stride along V, of which this launch writes its tile; None to
+        store: [T, window], unit stride along V, of which each launch writes its tile; None to
             store nothing.
         config: The block of a program.
         skip: One int32 on the device; where it is not 0 nothing is done and nothing written.
     """
-    num_rows, num_columns = product.shape
-    _logits_tile_kernel[(cdiv(num_columns, config.block_v), cdiv(num_rows, config.block_t))](
-        stored_tile(product),
-        stored_tile(store),
-        labels,
-        anchor,
-        tuple(sums),
-        tuple(gradient),
-        skip,
-        options_of(head),
-        first_t,
-        first_v,
-        head.hidden.shape[0],
-        head.weight.shape[0],
-        vocab_start,
-        BLOCK_T=config.block_t,
-        BLOCK_V=config.block_v,
-        EXACT=head.hidden.dtype == torch.float32,
-        num_warps=config.num_warps,
-    )
+
+    def __init__(
+        self,
+        head: Head,
+        labels: Tensor,
+        vocab_start: int,
+        anchor: Tensor | None,
+        sums: RowSums,
+        gradient: RowFactors,
+        store: Tensor | None,
+        config: TileConfig,
+        skip: Tensor | None,
+    ) -> None:
+        self._config = config
+        records = (tuple(sums), tuple(gradient), skip, options_of(head))
+        self._first = (stored_tile(store), labels, anchor, *records)
+        exact = head.hidden.dtype == torch.float32
+        sizes = (head.hidden.shape[0], head.weight.shape[0], vocab_start)
+        self._last = (*sizes, config.block_t, config.block_v, exact)
+        self._compiled: Any = None
+
+    def launch(self, product: Tensor, first_t: int, first_v: int) -> None:
+        """Launches one tile.
+
+        Args:
+            product: [rows, columns] float32, unit stride along the columns: the head's product from
+                row `first_t` and column `first_v` on, without bias, scale and softcap. Every tile
+                of a pass begins at the same address and has the same stride.
+            first_t: First row of the tile, a multiple of `config.block_t`.
+            first_v: First column of the tile in the window, a multiple of `config.block_v`.
+        """
+        config, (num_rows, num_columns) = self._config, product.shape
+        grid = (cdiv(num_columns, config.block_v), cdiv(num_rows, config.block_t), 1)
+        arguments = (stored_tile(product), *self._first, first_t, first_v, *self._last)
+        if self._compiled is None:
+            # None in the interpreter, which compiles nothing.
+            kernel = _logits_tile_kernel[grid]
+            self._compiled = kernel(*arguments, num_warps=config.num_warps)
+        else:
+            self._compiled[grid](*arguments)

@@ -62,7 +62,7 @@ PORTABLE_HIP = TileConfig(128, 128, 32, 8, 8, 2)
 # float32 products run on the plain arithmetic units, where a larger tile spills registers.
 FLOAT32 = TileConfig(64, 64, 16, 8, 4, 2)
 # Any card, the product by the vendor's library: enough rows to fill it.
-LIBRARY = TileConfig(16, 256, 0, 0, 8, 1, product_rows=4096)
+LIBRARY = TileConfig(1, 2048, 0, 0, 4, 1, product_rows=4096)
 # The interpreter's time grows with a tile's elements, and small tiles give small tests edges.
 _INTERPRETER = TileConfig(16, 32, 16, 2, 4, 1)
 _INTERPRETER_LIBRARY = TileConfig(16, 32, 0, 0, 4, 1, product_rows=32)

@@ -14,12 +14,12 @@ DEFAULT_MEMORY_BUDGET_MIB = 1024
 # The largest share of label smoothing that is subtracted after the rounding of a stored tile.
 _LARGEST_LATE_SMOOTHING = 0.5
 
-# Memory for products that the vendor's library makes tile by tile, of which a pass reads each while
-# it lies in the L2 cache: at most so many bytes, and a share of the budget, but at least a block of
-# columns for as many rows as fill a card.
+# Memory for products that the vendor's library makes tile by tile, each read by a pass behind it
+# while much of it is in the L2 cache: at most so many bytes and one part in so many of the budget,
+# but enough for 512 rows of a kernel's block.
 _PRODUCT_BYTES = 64 * 2**20
 _PRODUCT_SHARE = 8
-_SMALLEST_PRODUCT = 4 * 4096 * 256
+_SMALLEST_PRODUCT = 4 * 512 * 2048
 
 # Token counts within 1/16 of each other share a plan of the Triton engine, whose tiles round up.
 _ROUND_TO = 256
@@ -109,7 +109,7 @@ class Problem:
         if self.impl != "triton" or self.product != "tile":
             return 0
         most = max(min(_PRODUCT_BYTES, self.budget_bytes // _PRODUCT_SHARE), _SMALLEST_PRODUCT)
-        return min(most, 4 * self.num_tokens * -(-self.vocab_size // 256) * 256)
+        return min(most, 4 * self.num_tokens * -(-self.vocab_size // 2048) * 2048)
 
     @property
     def scratch_blocks(self) -> int:

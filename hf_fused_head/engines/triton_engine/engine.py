@@ -120,7 +120,9 @@ def stats_and_grads(
             passes.chunk_gradients(call, schedule, weights, outputs, results)
         else:
             kept = round(schedule.kept_share * call.local_vocab_size)
-            kept = kept // passes.MULTIPLE * passes.MULTIPLE
+            # Whole tiles: each has row sums of its own.
+            step = max(passes.MULTIPLE, call.config.block_v)
+            kept = kept // step * step
             outputs = call.outputs(wanted, factor=kept > 0, correction=True)
             passes.kept_gradients(call, kept, schedule.vocab_window, weights, outputs, results)
     return _row_stats(outputs), grads

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_fused_head.engines.triton_engine.call import HeadCall
 from hf_fused_head.engines.triton_engine.products import product
 from hf_fused_head.kernels.head import NO_GRADIENT, NO_SUMS, launch_exponents, launch_gradient
-from hf_fused_head.kernels.logits_tile import launch_logits_tile
+from hf_fused_head.kernels.logits_tile import TilePass
 from hf_fused_head.kernels.operands import Head, RowFactors, RowSums
 from hf_fused_head.kernels.tuning import cdiv
 
@@ -42,9 +42,10 @@ def exponents(
         place = (call.labels, window.start, anchor, sums, store)
         launch_exponents(head, *place, call.config, skip)
         return
+    place = (call.labels, window.start, anchor, sums)
+    tiles = TilePass(head, *place, NO_GRADIENT, store, call.config, skip)
     for first_t, first_v, tile in _products(head, call):
-        place = (first_t, first_v, call.labels, window.start, anchor)
-        launch_logits_tile(head, tile, *place, sums, NO_GRADIENT, store, call.config, skip)
+        tiles.launch(tile, first_t, first_v)
         if first_t == first_v == 0:
             call.decide()
 
@@ -62,9 +63,10 @@ def logits_gradient(call: HeadCall, window: slice, gradient: RowFactors, store: 
     if not call.config.product_rows:
         launch_gradient(head, call.labels, window.start, gradient, store, call.config)
         return
+    place = (call.labels, window.start, None, NO_SUMS)
+    tiles = TilePass(head, *place, gradient, store, call.config, None)
     for first_t, first_v, tile in _products(head, call):
-        place = (first_t, first_v, call.labels, window.start, None)
-        launch_logits_tile(head, tile, *place, NO_SUMS, gradient, store, call.config, None)
+        tiles.launch(tile, first_t, first_v)
 
 
 def _products(head: Head, call: HeadCall) -> Iterator[tuple[int, int, Tensor]]:
@@ -72,17 +74,20 @@ def _products(head: Head, call: HeadCall) -> Iterator[tuple[int, int, Tensor]]:
     num_tokens, vocab_size = head.hidden.shape[0], head.weight.shape[0]
     block_t, block_v = call.config.block_t, call.config.block_v
     # Even parts rather than a short last one, and as wide as the memory allows.
-    parts = max(cdiv(num_tokens, call.config.product_rows), 1)
+    most = min(call.config.product_rows, call.product_bytes // (4 * block_v))
+    parts = max(cdiv(num_tokens, max(most // block_t * block_t, block_t)), 1)
     rows = cdiv(num_tokens, parts * block_t) * block_t
     columns = max(call.product_bytes // (4 * rows * block_v), 1) * block_v
     columns = min(columns, cdiv(vocab_size, block_v) * block_v)
     memory = torch.empty((rows, columns), dtype=torch.float32, device=head.hidden.device)
+    pairs = head.pairs()
+    starts = range(0, num_tokens, rows)
+    hidden_parts = [[hidden[start : start + rows] for hidden, _ in pairs] for start in starts]
     for first_v in range(0, vocab_size, columns):
-        weights = slice(first_v, min(first_v + columns, vocab_size))
-        for first_t in range(0, num_tokens, rows):
-            tokens = slice(first_t, min(first_t + rows, num_tokens))
+        weights = [weight[first_v : first_v + columns].t() for _, weight in pairs]
+        for first_t, hiddens in zip(starts, hidden_parts, strict=True):
             # The last columns keep the row stride, and so the alignment, of the others.
-            tile = memory[: tokens.stop - tokens.start, : weights.stop - weights.start]
-            for index, (hidden, weight) in enumerate(head.pairs()):
-                product(hidden[tokens], weight[weights].t(), tile, accumulate=index > 0)
+            tile = memory[: hiddens[0].shape[0], : weights[0].shape[1]]
+            for index, (hidden, weight) in enumerate(zip(hiddens, weights, strict=True)):
+                product(hidden, weight, tile, accumulate=index > 0)
             yield first_t, first_v, tile
