@@ -1,7 +1,8 @@
 """What is fused and what is not, as the sweep over every class of transformers found it.
 
-conformance.json holds the verdicts that `python tests/conformance.py --write` came to; the facts of
-the families (registry.py) are what the loss has to know of a class. No line is written by hand.
+conformance.json holds the verdicts that `python tests/support/conformance.py --write` came to; the
+facts of the families (registry.py) are what the loss has to know of a class. No line is written
+by hand.
 """
 
 from __future__ import annotations
