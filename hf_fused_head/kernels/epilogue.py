@@ -98,7 +98,7 @@ def epilogue(
     mask_t = offs_t < num_tokens
     labels = (labels - launch.vocab_start).to(tl.int32)
     end_v = first_v + offs_v.shape[0]
-    logits, slope = logits_of(acc, offs_v, local_vocab_size, logit_options)
+    logits, slope = logits_of(acc, offs_v, local_vocab_size, logit_options, EXACT)
     shifted = logits - anchor[:, None]
     # Placeholders for sums without memory: Triton 3.6 cannot return None inside a tuple.
     sum_exp, entropy_sum, smooth_sum, row_max = anchor, anchor, anchor, anchor

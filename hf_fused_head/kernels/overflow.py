@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_fused_head.kernels.arguments import (
     LogitOptions,
+    MatrixPair,
     StoredTile,
     low_pair_of,
     options_of,
@@ -65,7 +66,8 @@ def _overflow_tile(
             False,
             UPCAST,
         )
-    return logits_of(acc, offs_v, vocab_size, logit_options)
+    EXACT: tl.constexpr = MatrixPair(*pair).hidden.dtype.element_ty == tl.float32
+    return logits_of(acc, offs_v, vocab_size, logit_options, EXACT)
 
 
 @triton.jit(do_not_specialize=["stored_vocab", "num_tokens", "vocab_size"])

@@ -111,7 +111,8 @@ def _anchor_kernel(
     if logit_options.logit_scale is not None:
         logit *= logit_options.logit_scale
     if logit_options.softcap is not None:
-        tangent, slope = tanh_and_slope(logit / logit_options.softcap)
+        EXACT: tl.constexpr = MatrixPair(*pair).hidden.dtype.element_ty == tl.float32
+        tangent, slope = tanh_and_slope(logit / logit_options.softcap, EXACT)
         logit = logit_options.softcap * tangent
         if slope_ptr is not None:
             tl.store(slope_ptr + row, slope)

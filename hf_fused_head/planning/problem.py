@@ -17,7 +17,7 @@ _LARGEST_LATE_SMOOTHING = 0.5
 # Memory for products that the vendor's library makes tile by tile, each read by a pass behind it
 # while much of it is in the L2 cache: at most so many bytes and one part in so many of the budget,
 # but enough for 512 rows of a kernel's block.
-_PRODUCT_BYTES = 64 * 2**20
+_PRODUCT_BYTES = 96 * 2**20
 _PRODUCT_SHARE = 8
 _SMALLEST_PRODUCT = 4 * 512 * 2048
 

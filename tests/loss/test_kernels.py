@@ -20,7 +20,7 @@ from head_cases import (
     row_weights,
     with_library,
 )
-from oracle import assert_close_as_torch
+from oracle import assert_close_as_torch, assert_norm_as_torch
 from plain_head import Problem, by_ours, by_plain, exact, results, widened
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
@@ -343,3 +343,14 @@ def test_unavailable_reason_names_the_obstacle():
     assert "float64" in triton_engine.unavailable_reason("cpu", torch.float64)
     assert "mps" in triton_engine.unavailable_reason("mps", torch.float16)
     assert "TRITON_INTERPRET" in triton_engine.unavailable_reason("cuda", torch.float16)
+
+
+@products
+def test_small_logits_keep_their_digits_under_a_softcap(product):
+    """A fresh head's logits lie far below the cap, where tanh is nearly its argument."""
+    operands, labels = operands_of(Case(softcap=50.0), 40, 21, 300, torch.float32, "cpu")
+    operands = operands._replace(inputs=[0.02 * hidden for hidden in operands.inputs])
+    stats = triton_engine.row_stats(operands, labels, Wanted(), SCHEDULES[f"one_chunk{product}"])
+    plain = reference.row_stats(operands, labels, Wanted())
+    truth = reference.row_stats(in_float64(operands), labels, Wanted())
+    assert_norm_as_torch("nll", stats.nll, plain.nll, truth.nll)

@@ -50,6 +50,30 @@ def assert_close_as_torch(
         )
 
 
+def assert_means_close(
+    name: str,
+    ours: Tensor,
+    torch_result: Tensor,
+    truth: Tensor,
+    count: int,
+    arithmetic: torch.dtype,
+) -> None:
+    """As `assert_close_as_torch`, for means of `count` terms, such as the losses of batches.
+
+    The errors of the terms cancel, more or less as luck has it. Where torch has luck, its error
+    counts as what roundings leave on average.
+    """
+    average = torch.finfo(arithmetic).eps * truth.abs().max() / count**0.5
+    worst = torch.maximum((torch_result - truth).abs().max(), average)
+    assert_close_as_torch(name, ours, truth + worst, truth)
+
+
+def products_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype with as many digits as products of `dtype` have; TF32 has those of float16."""
+    tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.float16 if tf32 and dtype == torch.float32 else dtype
+
+
 def farthest(candidates: list[Tensor], truth: Tensor) -> Tensor:
     """The candidate with the largest error: what torch reaches in its least lucky order."""
     if truth.numel() == 0:
