@@ -14,8 +14,8 @@ Under `torch.vmap` an operator runs once for each part of the batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ from hf_fused_head.planning.schedule import Schedule, plan
 from hf_fused_head.records import flatten, schema_of, unflatten
 from hf_fused_head.run_record import note_engine, note_schedule
 from hf_fused_head.transforms import loop, loop_over_gradients
-
-Result = TypeVar("Result")
 
 
 class HeadArguments(NamedTuple):
@@ -206,19 +204,17 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | No
 class _Rows(NamedTuple):
     """The rows that an engine is called with."""
 
+    engine: Engine
     index: Tensor | None  # int64; None for all rows
     operands: Operands
     labels: Tensor  # int64, columns of this rank's logits
     speculation: Speculation | None
 
 
-def _on_counted_rows(
-    head: HeadArguments, shard: VocabShard, run: Callable[[Engine, _Rows], Result]
-) -> tuple[Tensor | None, Result | None]:
-    """Calls an engine on all rows if few are ignored, else on those that count.
+def _rows_to_try(head: HeadArguments, shard: VocabShard) -> Iterator[_Rows]:
+    """All rows on speculation, then, for an engine that rejects those, the rows that count.
 
-    Returns:
-        The rows that the result is for, None for all; and the result, None where no row counts.
+    Nothing where no row counts. A generator, so that an engine is called by the operator itself.
     """
     choice, local_vocab_size = head.choice(), head.weights[0].shape[0]
     note_engine(choice)
@@ -235,16 +231,13 @@ def _on_counted_rows(
         index = head.kept_rows(shard)
     else:
         labels = shard.columns_of(speculation.labels, local_vocab_size)
-        rows = _Rows(None, head.operands(None, shard), labels, speculation)
-        try:
-            return None, run(engine, rows)
-        except Rejected:
-            index = speculation.kept_rows()
+        yield _Rows(engine, None, head.operands(None, shard), labels, speculation)
+        index = speculation.kept_rows()
     if _no_row(index, head):
         note_schedule(None)
-        return index, None
+        return
     labels = shard.columns_of(_take(index, flat), local_vocab_size)
-    return index, run(engine, _Rows(index, head.operands(index, shard), labels, None))
+    yield _Rows(engine, index, head.operands(index, shard), labels, None)
 
 
 def multiply_(values: Tensor, factor: Tensor) -> Tensor:
@@ -298,17 +291,19 @@ _STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct"
 def _row_stats(*arguments: Any) -> tuple[Tensor, ...]:
     head, wanted = unflatten(arguments, HeadArguments, Wanted)
 
-    def run(engine: Engine, rows: _Rows) -> RowStats:
-        schedule = head.schedule(rows.operands, None, wanted)
-        return engine.row_stats(rows.operands, rows.labels, wanted, schedule, rows.speculation)
-
     with head.no_autocast():
-        index, stats = _on_counted_rows(head, head.shard(*wanted), run)
-    if stats is None:
-        return head.empty_stats(torch.zeros, wanted)
-    if stats.correction is None:
-        stats = stats._replace(correction=torch.ones_like(stats.nll))
-    return tuple(_put(index, value, head.num_tokens) for value in stats)  # type: ignore[arg-type]
+        for rows in _rows_to_try(head, head.shard(*wanted)):
+            schedule = head.schedule(rows.operands, None, wanted)
+            try:
+                stats = rows.engine.row_stats(
+                    rows.operands, rows.labels, wanted, schedule, rows.speculation
+                )
+            except Rejected:
+                continue
+            if stats.correction is None:
+                stats = stats._replace(correction=torch.ones_like(stats.nll))
+            return tuple(_put(rows.index, value, head.num_tokens) for value in stats)  # type: ignore[arg-type]
+    return head.empty_stats(torch.zeros, wanted)
 
 
 @_row_stats.register_fake
@@ -331,20 +326,21 @@ def row_stats(head: HeadArguments, wanted: Wanted) -> RowStats:
 def _stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
     head, weights, needs, wanted = unflatten(arguments, HeadArguments, RowWeights, Needs, Wanted)
 
-    def run(engine: Engine, rows: _Rows) -> tuple[RowStats, list[Tensor]]:
-        schedule = head.schedule(rows.operands, needs, wanted)
-        rows_weights = RowWeights(*_take_each(rows.index, weights))
-        options = (needs, wanted, schedule, rows.speculation)
-        return engine.stats_and_grads(rows.operands, rows.labels, rows_weights, *options)
-
     with head.no_autocast():
-        index, result = _on_counted_rows(head, head.shard(*needs, *wanted), run)
-    if result is None:
-        grads = head.empty_grads(torch.zeros, needs, widen=True)
-        return (*head.empty_stats(torch.zeros, wanted)[:5], grads)
-    stats, grads = result
-    values = (_put(index, value, head.num_tokens) for value in stats[:5])
-    return (*values, _put_inputs(index, grads, head))
+        for rows in _rows_to_try(head, head.shard(*needs, *wanted)):
+            schedule = head.schedule(rows.operands, needs, wanted)
+            rows_weights = RowWeights(*_take_each(rows.index, weights))
+            options = (needs, wanted, schedule, rows.speculation)
+            try:
+                stats, grads = rows.engine.stats_and_grads(
+                    rows.operands, rows.labels, rows_weights, *options
+                )
+            except Rejected:
+                continue
+            values = (_put(rows.index, value, head.num_tokens) for value in stats[:5])
+            return (*values, _put_inputs(rows.index, grads, head))
+    grads = head.empty_grads(torch.zeros, needs, widen=True)
+    return (*head.empty_stats(torch.zeros, wanted)[:5], grads)
 
 
 @_stats_and_grads.register_fake

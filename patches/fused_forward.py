@@ -78,9 +78,8 @@ class FusedForward(LossForward):
         self.without_grad = False
         self.source: RecomputedLogits | None = None
 
-    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """The stock forward; its head calls `compute_loss`, its loss function is `return_loss`."""
-        output = self.enclose(self.state.running, forward, args, kwargs)
+    def finish(self, output: Any) -> Any:
+        """The output, checked: the head has called `compute_loss`, the forward `return_loss`."""
         if not (self.loss_returned or self.delegated):
             raise UnsupportedModelError(
                 "the model's forward must compute its loss with `self.loss_function`, got a loss "

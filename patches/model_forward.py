@@ -55,9 +55,9 @@ def run_model(
     if call is not None and not call.entered(layer.name) and call.given.same_as(arguments):
         return stock(*args, **kwargs)
     if torch.compiler.is_compiling():
-        return _open(model, state, arguments, layer).run(stock, args, kwargs)
+        return _open(model, state, arguments, layer).run(state.running, stock, args, kwargs)
     try:
-        return _open(model, state, arguments, layer).run(stock, args, kwargs)
+        return _open(model, state, arguments, layer).run(state.running, stock, args, kwargs)
     except UnsupportedModelError as error:
         # A compiler that broke its graph here would go on to compile the way back to stock.
         refused: Any = torch.compiler.disable(_refused)
@@ -200,7 +200,7 @@ def _run_without_labels(
     if outer is not None and not outer.entered(layer.name):
         return stock(*args, **kwargs)
     running = RunningForward(layer.name, outer)
-    output = running.enclose(state.running, stock, args, kwargs)
+    output = running.run(state.running, stock, args, kwargs)
     # A refusal inside has left the model stock.
     if STATE in model.__dict__ and not (running.accounted or running.delegated):
         _check_stock_output(model, state, output, outermost=outer is None)

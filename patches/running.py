@@ -120,7 +120,7 @@ class RunningForward:
             running = None if running.reentrant else running.outer
         return False
 
-    def enclose(
+    def run(
         self,
         running: dict[int, RunningForward],
         forward: Callable[..., Any],
@@ -132,12 +132,17 @@ class RunningForward:
         before = running.get(key)
         running[key] = self
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             if before is None:
                 del running[key]
             else:
                 running[key] = before
+        return self.finish(output)
+
+    def finish(self, output: Any) -> Any:
+        """What the caller gets for the output of the forward, which runs no more."""
+        return output
 
 
 class LossForward(RunningForward):
