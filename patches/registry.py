@@ -16,14 +16,10 @@ from .families import (
     cohere,
     falcon,
     gemma,
-    gpt2,
     granite,
     hyperclovax,
-    llama,
     mistral,
     nanochat,
-    phi,
-    qwen,
     xlm,
     xlstm,
 )
@@ -32,7 +28,7 @@ from .families.family import Family
 FAMILIES: tuple[Family, ...] = tuple(
     family
     for module in (
-        *(llama, qwen, mistral, gemma, cohere, granite, phi, gpt2),
+        *(mistral, gemma, cohere, granite),
         *(falcon, hyperclovax, nanochat, xlstm, bart, xlm),
     )
     for family in module.FAMILIES

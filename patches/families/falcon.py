@@ -1,4 +1,4 @@
-"""Falcon-H1: logits multiplied by a config constant. The other Falcons are Llama's lines.
+"""Falcon-H1: logits multiplied by a config constant. The other Falcons are plain.
 
 Stands for these lines of `FalconH1ForCausalLM.forward`, read at transformers 5.17::
 

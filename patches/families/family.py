@@ -1,4 +1,12 @@
-"""A family of models as frozen data."""
+"""A family of models as frozen data. A plain one, which states no fact, has no file.
+
+Plain is a class whose forward does as that of `LlamaForCausalLM` does, read at transformers 5.17
+(what is added to the loss afterwards, as by a mixture of experts, is the stock forward's)::
+
+    logits = self.lm_head(hidden_states[:, slice_indices, :])
+    if labels is not None:
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=..., **kwargs)
+"""
 
 from __future__ import annotations
 

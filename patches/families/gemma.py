@@ -1,9 +1,9 @@
-"""Gemma and its relatives: tied heads over large vocabularies, capped from Gemma 2 on.
+"""Gemma 2 and later, and their relatives: capped logits. Gemma 1 is plain.
 
-Gemma 1 is Llama's lines. The others stand for these of `Gemma2ForCausalLM.forward` (and the same
-in Gemma 3, 3n, 4, T5Gemma 2, VaultGemma and Beam; RecurrentGemma and the models with images spell
-them otherwise), read at the version of transformers that each family names; the field may be None,
-then nothing is capped. Muse Glimmer multiplies the logits by a constant before::
+Stands for these lines of `Gemma2ForCausalLM.forward` (and the same in Gemma 3, 3n, 4, T5Gemma 2,
+VaultGemma and Beam; RecurrentGemma and the models with images spell them otherwise), read at the
+version of transformers that each family names; the field may be None, then nothing is capped. Muse
+Glimmer multiplies the logits by a constant before::
 
     logits = self.lm_head(hidden_states[:, slice_indices, :])
     if self.config.final_logit_softcapping is not None:
@@ -21,7 +21,6 @@ from __future__ import annotations
 from .family import Family
 
 FAMILIES = (
-    Family(name="Gemma", classes=("GemmaForCausalLM",), transformers="5.17"),
     Family(
         name="Gemma 2 / 3",
         classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
