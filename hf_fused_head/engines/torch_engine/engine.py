@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hf_fused_head.engines.protocol import Needs, Operands, Speculation
 from hf_fused_head.engines.torch_engine.products import Gradients, Products
+from hf_fused_head.engines.torch_engine.statistics import Scratch
 from hf_fused_head.engines.torch_engine.tiles import (
     RowStatistics,
-    Scratch,
     exponentials,
     finish_gradient,
 )

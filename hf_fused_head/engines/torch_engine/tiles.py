@@ -17,25 +17,18 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.engines.protocol import Operands
-from hf_fused_head.objective import RowGradient, RowStats, Wanted, class_total
+from hf_fused_head.engines.torch_engine.statistics import (
+    Merged,
+    NewMaximum,
+    Scratch,
+    Sums,
+    absent_statistics,
+    wanted_statistics,
+)
+from hf_fused_head.objective import RowGradient, RowStats, Wanted
 
 # A common factor of a whole row does not average out, so it is worth more digits.
 WIDEST = torch.float64
-
-
-class Scratch:
-    """Two reusable blocks of memory beside the tile, made when first asked for."""
-
-    def __init__(self, elements: int, like: Tensor) -> None:
-        self.elements = elements
-        self.like = like
-        self.blocks: dict[int, Tensor] = {}
-
-    def block(self, index: int, rows: int, columns: int) -> Tensor:
-        """Block `index` as [rows, columns], with whatever it held before."""
-        if index not in self.blocks:
-            self.blocks[index] = self.like.new_empty(self.elements)
-        return self.blocks[index][: rows * columns].view(rows, columns)
 
 
 class RowStatistics:
@@ -51,19 +44,13 @@ class RowStatistics:
             wanted: Which statistics to make beside nll and lse.
         """
         num_rows = labels.shape[0]
-        self.labels = labels
-        self.wanted = wanted
-        self.softcap = operands.softcap
-        self.class_weight = operands.local_class_weight
         self.operands = operands
         # The lowest finite number: -inf minus -inf would be nan for columns that a bias masks.
-        self.row_max = like.new_full((num_rows,), torch.finfo(like.dtype).min)
-        self.target_logit = like.new_full((num_rows,), float("-inf"))
-        self.sum_exp = like.new_zeros(num_rows)  # over the columns off the target
-        self.best = torch.zeros_like(labels)
-        self.first_max = like.new_zeros(num_rows) if wanted.smooth else None
-        self.weighted = like.new_zeros(num_rows) if wanted.smooth else None
-        self.spread = like.new_zeros(num_rows) if wanted.entropy else None
+        lowest = like.new_full((num_rows,), torch.finfo(like.dtype).min)
+        unseen = like.new_full((num_rows,), float("-inf"))
+        self.sums = Sums(labels, lowest, unseen, like.new_zeros(num_rows))
+        self.others = wanted_statistics(operands, self.sums, wanted)
+        self.needs_index = any(statistic.needs_index for statistic in self.others)
 
     def update(self, block: Tensor, first: int, scratch: Scratch, rows: slice) -> Tensor:
         """Adds columns `first`, `first + 1`, ... of some rows.
@@ -78,54 +65,39 @@ class RowStatistics:
         Returns:
             `exp(z - row_max)`, 0 at the target, [n, columns]; with softcap in scratch block 0.
         """
-        logits = block
-        if self.softcap is not None:
-            logits = softcapped(block, self.softcap, scratch)
-        column, inside = locate(self.labels[rows], first, block.shape[1])
+        logits, softcap = block, self.operands.softcap
+        if softcap is not None:
+            logits = softcapped(block, softcap, scratch)
+        sums = self.sums.of(rows)
+        column, inside = locate(sums.labels, first, block.shape[1])
         here = logits.gather(1, column[:, None])[:, 0]
         self._rescale(logits, first, rows)
-        self.target_logit[rows] = torch.where(inside, here, self.target_logit[rows])
-        exps = logits.sub_(self.row_max[rows, None])
-        self._add_weighted(exps, first, rows)
+        sums.target_logit.copy_(torch.where(inside, here, sums.target_logit))
+        exps = logits.sub_(sums.row_max[:, None])
+        for statistic in self.others:
+            statistic.add_logits(exps, first, rows)
         exps.exp_()
-        if self.spread is not None:
-            # entr(e) = -e log e, and log e is the logit below the maximum.
-            entr = torch.special.entr(exps, out=scratch.block(1, *block.shape))
-            self.spread[rows] -= entr.sum(dim=1)
+        for statistic in self.others:
+            statistic.add_exponentials(exps, scratch, rows)
         write_target(exps, column, inside, torch.zeros_like(here))
-        self.sum_exp[rows] += exps.sum(dim=1)
+        sums.sum_exp.add_(exps.sum(dim=1))
         return exps
 
     def _rescale(self, logits: Tensor, first: int, rows: slice) -> None:
         """Brings the sums over earlier columns to the new maximum."""
-        old = self.row_max[rows]
-        if self.wanted.correct:
+        sums = self.sums.of(rows)
+        index = sums.labels[:0]
+        if self.needs_index:
             largest, index = logits.max(dim=1)
-            self.best[rows] = torch.where(largest > old, index + first, self.best[rows])
         else:
             largest = logits.amax(dim=1)
-        row_max = torch.maximum(old, largest)
+        row_max = torch.maximum(sums.row_max, largest)
         # exp of the bound is 0, so it changes no sum; it keeps the product with an empty sum at 0.
-        drop = (old - row_max).clamp_(min=-1e4)
-        if self.spread is not None:
-            seen = self.sum_exp[rows] + (self.target_logit[rows] - old).exp()
-            self.spread[rows] = (self.spread[rows] + drop * seen) * drop.exp()
-        self.sum_exp[rows] *= drop.exp()
-        self.row_max[rows] = row_max
-
-    def _add_weighted(self, below_max: Tensor, first: int, rows: slice) -> None:
-        if self.weighted is None or self.first_max is None:
-            return
-        if first == 0:
-            self.first_max[rows] = self.row_max[rows]
-        columns = below_max.shape[1]
-        if self.class_weight is None:
-            total, part = columns, below_max.sum(dim=1)
-        else:
-            weight = self.class_weight[first : first + columns]
-            total, part = weight.sum(), below_max @ weight
-        # Relative to one number per row, near its maximum: a common shift of the logits drops out.
-        self.weighted[rows] += part + (self.row_max[rows] - self.first_max[rows]) * total
+        drop = (sums.row_max - row_max).clamp_(min=-1e4)
+        for statistic in self.others:
+            statistic.rescale(NewMaximum(rows, first, largest, index, drop))
+        sums.sum_exp.mul_(drop.exp())
+        sums.row_max.copy_(row_max)
 
     def finish(self) -> tuple[RowStats, Tensor]:
         """Merges the ranks' statistics once every column was added.
@@ -133,50 +105,37 @@ class RowStatistics:
         Returns:
             The statistics, and the factor by which `p_j` exceeds what `update` returned, [rows].
         """
-        shard, columns, dtype = (
-            self.operands.shard,
-            self.operands.local_vocab_size,
-            self.row_max.dtype,
-        )
-        here = self.labels < columns
-        target = shard.sum(torch.where(here, self.target_logit, 0.0))
-        merged = shard.merged(self.row_max, self.sum_exp, target)
-        reference, others = (tensor.to(WIDEST) for tensor in merged)
-        own_max = self.row_max.to(WIDEST)
-        gap = reference - target
-        total = others + (-gap).exp()
-        near = torch.log1p(others * gap.exp())
+        labels, row_max, target_logit, sum_exp = self.sums
+        shard, dtype = self.operands.shard, row_max.dtype
+        here = labels < self.operands.local_vocab_size
+        target = shard.sum(torch.where(here, target_logit, 0.0))
+        merged = shard.merged(row_max, sum_exp, target)
+        global_max, off_target = (tensor.to(WIDEST) for tensor in merged)
+        own_max = row_max.to(WIDEST)
+        gap = global_max - target
+        total = off_target + (-gap).exp()
+        near = torch.log1p(off_target * gap.exp())
         nll = torch.where(gap < 1.0, near, gap + total.log())
-        log_total = torch.log1p(others + torch.expm1(-gap))
-        share = (own_max - reference).exp() / total
+        log_total = torch.log1p(off_target + torch.expm1(-gap))
+        share = (own_max - global_max).exp() / total
         # lse - row_max of this rank: from sums around the maximum, without cancellation.
-        above = log_total + (reference - own_max)
-        sums = {}
-        if self.weighted is not None and self.first_max is not None:
-            above_first = above + (own_max - self.first_max)
-            part = above_first * class_total(self.class_weight, columns) - self.weighted
-            sums["smooth"] = part / self.operands.vocab_size
-        if self.spread is not None:
-            seen = self.sum_exp + (self.target_logit - self.row_max).exp()
-            sums["entropy"] = share * (above * seen - self.spread)
-        if self.wanted.correct:
-            # Of equal logits the first one counts as the prediction.
-            later = shard.classes_of(self.labels, columns) >= shard.first + columns
-            ahead = (self.row_max > target) | ((self.row_max == target) & later)
-            sums["wrong"] = torch.where(here, self.best != self.labels, ahead)
-        if sums:
-            values = shard.sum(torch.stack([value.to(dtype) for value in sums.values()]))
-            sums = dict(zip(sums, values, strict=True))
-        lse = (reference + log_total).to(dtype)
-        stats = RowStats(
-            nll.to(dtype),
-            lse,
-            sums.get("smooth", target.new_empty(0)),
-            sums.get("entropy", target.new_empty(0)),
-            sums["wrong"] == 0 if self.wanted.correct else target.new_empty(0).bool(),
-            ((lse - reference).exp() / total).to(dtype),
-        )
+        above = log_total + (global_max - own_max)
+        lse = (global_max + log_total).to(dtype)
+        found = self._merge_others(Merged(target, own_max, above, share))
+        correction = ((lse - global_max).exp() / total).to(dtype)
+        others = {**absent_statistics(target), **found}
+        stats = RowStats(nll.to(dtype), lse, **others, correction=correction)
         return stats, share.to(dtype)
+
+    def _merge_others(self, merged: Merged) -> dict[str, Tensor]:
+        """The other statistics by their names, with one sum over the ranks."""
+        if not self.others:
+            return {}
+        dtype = self.sums.row_max.dtype
+        parts = [statistic.part(merged).to(dtype) for statistic in self.others]
+        totals = self.operands.shard.sum(torch.stack(parts))
+        pairs = zip(self.others, totals, strict=True)
+        return {statistic.field: statistic.value(total) for statistic, total in pairs}
 
 
 def exponentials(block: Tensor, lse: Tensor, softcap: float | None, scratch: Scratch) -> Tensor:
