@@ -28,6 +28,9 @@ from hf_fused_head.ops import HeadArguments
 from hf_fused_head.records import unflatten
 from hf_fused_head.transforms import eager_only, in_transform, is_batch_of_gradients, loop
 
+# The statistics of a row that have a gradient come first in `RowStats`.
+_NUM_STATS, _NUM_UPSTREAM = len(RowStats._fields), len(Upstream._fields)
+
 
 def refuse_second_derivative() -> NoReturn:
     """Raises: the engines have first derivatives only."""
@@ -182,7 +185,7 @@ class TransformedLoss(Function):
             grad = next(grads) if need else None
             if grad is not None and tangent is not None:
                 total = total + (grad.to(loss.dtype) * tangent.to(loss.dtype)).sum()
-        # With a tangent of its own, `link` tells a backward that it differentiates a second time.
+        # With a tangent of its own, `link` shows that a backward is differentiated again.
         return total, torch.zeros_like(link)
 
     @staticmethod
@@ -203,8 +206,9 @@ class RowGradients(_OnceDifferentiable):
         bias: Tensor | None,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        """`tensors` are 4 upstream gradients, 6 statistics, inputs, and as many weights."""
-        upstream, stats, pairs = tensors[:4], tensors[4:10], tensors[10:]
+        """`tensors` are those of `Upstream` and `RowStats`, inputs, and as many weights."""
+        upstream, rest = tensors[:_NUM_UPSTREAM], tensors[_NUM_UPSTREAM:]
+        stats, pairs = rest[:_NUM_STATS], rest[_NUM_STATS:]
         head = HeadArguments(*halves(pairs), bias, class_weight, labels, *config)
         return tuple(ops.row_grads(head, RowStats(*stats), Upstream(*upstream), needs))
 
@@ -303,7 +307,7 @@ class _Rows(NamedTuple):
         """Keeps all of it in `ctx`; the tensors, in the order in which `saved` finds them."""
         ctx.config, ctx.wanted, ctx.needs = self.config, wanted, needs
         ctx.has_class_weight, ctx.has_bias = self.class_weight is not None, self.bias is not None
-        ctx.mark_non_differentiable(*self.stats[4:])
+        ctx.mark_non_differentiable(*self.stats[_NUM_UPSTREAM:])
         optional = [tensor for tensor in (self.class_weight, self.bias) if tensor is not None]
         tensors = [*self.stats, self.labels, *optional, *self.inputs, *self.weights]
         ctx.save_for_backward(*tensors)
@@ -314,7 +318,7 @@ class _Rows(NamedTuple):
         """What `ctx` keeps."""
         # Read once: under activation checkpointing a second look would compute everything again.
         saved = list(ctx.saved_tensors)
-        stats, labels, rest = saved[:6], saved[6], saved[7:]
+        stats, (labels, *rest) = saved[:_NUM_STATS], saved[_NUM_STATS:]
         class_weight = rest.pop(0) if ctx.has_class_weight else None
         bias = rest.pop(0) if ctx.has_bias else None
         return cls(ctx.config, stats, labels, class_weight, bias, *halves(rest))
@@ -373,7 +377,7 @@ class _Rows(NamedTuple):
             ]
             return torch.stack(parts).sum(0)
 
-        asked = (True, True, *wanted[:2])
+        asked = (True, True, *wanted[: _NUM_UPSTREAM - 2])
         return [
             tangent(index) if want else torch.zeros_like(self.stats[index])
             for index, want in enumerate(asked)

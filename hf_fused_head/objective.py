@@ -27,7 +27,7 @@ from hf_fused_head.options import LossOptions
 
 
 class Wanted(NamedTuple):
-    """Which statistics of a row are made beside `nll` and `lse`."""
+    """Which statistics of a row are made beside `nll` and `lse`; fields as in `RowStats`."""
 
     smooth: bool = False
     entropy: bool = False
@@ -35,7 +35,10 @@ class Wanted(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Per row, float32 (float64 for float64 inputs); [0] where not asked for."""
+    """Per row, float32 (float64 for float64 inputs); [0] where not asked for.
+
+    Those with a gradient come first, in the order of `Upstream`; `correction` is the last.
+    """
 
     nll: Tensor  # [T], minus the log-probability of the target
     lse: Tensor  # [T], log-sum-exp of the logits
@@ -44,6 +47,10 @@ class RowStats(NamedTuple):
     correct: Tensor  # [T] or [0], bool: whether the target has the largest logit
     # [T], p_j = correction * exp(z_j - lse): what rounding took from lse, for a later backward.
     correction: Tensor | None = None
+
+
+DTYPES = {"correct": torch.bool}
+"""Dtypes of the statistics that are not of the dtype of the others."""
 
 
 class RowWeights(NamedTuple):

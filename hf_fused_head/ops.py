@@ -29,7 +29,7 @@ from hf_fused_head.distributed.vocab_parallel import (
 )
 from hf_fused_head.engines.protocol import Engine, Needs, Operands, Rejected, Speculation
 from hf_fused_head.engines.select import Choice, engine_named, resolve_impl, triton_obstacle
-from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.objective import DTYPES, RowStats, RowWeights, Upstream, Wanted
 from hf_fused_head.options import accumulation_dtype
 from hf_fused_head.planning.cards import card_of
 from hf_fused_head.planning.problem import Problem
@@ -150,9 +150,10 @@ class HeadArguments(NamedTuple):
         def rows(present: bool, kind: torch.dtype = dtype) -> Tensor:
             return make(self.num_tokens if present else 0, dtype=kind, device=self.labels.device)
 
-        smooth, entropy = rows(wanted.smooth), rows(wanted.entropy)
-        correct = rows(wanted.correct, torch.bool)
-        return RowStats(rows(True), rows(True), smooth, entropy, correct, rows(True))
+        asked = {
+            name: rows(want, DTYPES.get(name, dtype)) for name, want in wanted._asdict().items()
+        }
+        return RowStats(rows(True), rows(True), **asked, correction=rows(True))
 
     def empty_grads(self, make: Any, needs: Needs, widen: bool) -> list[Tensor]:
         """Gradients, made by `torch.empty` or `torch.zeros`; [0] where not needed."""
@@ -280,7 +281,8 @@ def _put_inputs(index: Tensor | None, grads: list[Tensor], head: HeadArguments) 
     return [*(_put(index, grad, head.num_tokens) for grad in grads[:count]), *grads[count:]]
 
 
-_STATS = "Tensor nll, Tensor lse, Tensor smooth, Tensor entropy, Tensor correct"
+# All but `correction`, which a scalar loss has no use for.
+_STATS = ", ".join(f"Tensor {name}" for name in RowStats._fields[:-1])
 
 
 @torch.library.custom_op(
@@ -337,17 +339,17 @@ def _stats_and_grads(*arguments: Any) -> tuple[Any, ...]:
                 )
             except Rejected:
                 continue
-            values = (_put(rows.index, value, head.num_tokens) for value in stats[:5])
+            values = (_put(rows.index, value, head.num_tokens) for value in stats[:-1])
             return (*values, _put_inputs(rows.index, grads, head))
     grads = head.empty_grads(torch.zeros, needs, widen=True)
-    return (*head.empty_stats(torch.zeros, wanted)[:5], grads)
+    return (*head.empty_stats(torch.zeros, wanted)[:-1], grads)
 
 
 @_stats_and_grads.register_fake
 def _(*arguments: Any) -> tuple[Any, ...]:
     head, _, needs, wanted = unflatten(arguments, HeadArguments, RowWeights, Needs, Wanted)
     grads = head.empty_grads(torch.empty, needs, widen=True)
-    return (*head.empty_stats(torch.empty, wanted)[:5], grads)
+    return (*head.empty_stats(torch.empty, wanted)[:-1], grads)
 
 
 def stats_and_grads(

@@ -84,12 +84,12 @@ class Products:
 class _Sum:
     """One gradient while it accumulates, in float32 beside the result where that is narrower."""
 
-    def __init__(self, result: Tensor, dtype: torch.dtype, num_rows: int) -> None:
-        """Accumulates into `result`, or beside it in `num_rows` rows of `dtype`."""
+    def __init__(self, result: Tensor, dtype: torch.dtype, buffer_rows: int) -> None:
+        """Accumulates into `result`, or beside it in `buffer_rows` rows of `dtype`."""
         self.result = result
         self.memory: Tensor | None = None
         if result.dtype != dtype:
-            shape = (min(num_rows, result.shape[0]), *result.shape[1:])
+            shape = (min(buffer_rows, result.shape[0]), *result.shape[1:])
             self.memory = torch.empty(shape, dtype=dtype, device=result.device)
 
     def slot(self, part: slice) -> Tensor:
@@ -207,7 +207,7 @@ class Gradients:
             self.bias.settle(self.all_columns, self.unscale)
 
     def results(self) -> list[Tensor]:
-        """Gradients of inputs, weights and bias; empty where nobody needs one."""
+        """Gradients of inputs, weights and bias; empty where not needed."""
         sums = [*self.hidden, *self.weight, self.bias]
         return [torch.empty_like(self.empty) if s is None else s.result for s in sums]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.engines.protocol import Operands
-from hf_fused_head.objective import Wanted, class_total
+from hf_fused_head.objective import DTYPES, Wanted, class_total
 
 
 class Scratch:
@@ -71,8 +71,6 @@ class Statistic:
 
     field: str
     """Its name in `Wanted` and in `RowStats`."""
-    dtype: torch.dtype | None = None
-    """Of its value; None for that of the sums."""
     needs_index = False
     """Whether it reads `NewMaximum.index`."""
 
@@ -154,7 +152,6 @@ class Correct(Statistic):
     """Whether the target has the largest logit; of equal ones the first is the prediction."""
 
     field = "correct"
-    dtype = torch.bool
     needs_index = True
 
     def __init__(self, operands: Operands, sums: Sums) -> None:
@@ -185,5 +182,5 @@ def wanted_statistics(operands: Operands, sums: Sums, wanted: Wanted) -> list[St
 
 
 def absent_statistics(like: Tensor) -> dict[str, Tensor]:
-    """What stands in `RowStats` for a statistic that is not asked for, [0] each."""
-    return {kind.field: like.new_empty(0, dtype=kind.dtype) for kind in STATISTICS}
+    """The fields of `RowStats` that are not asked for, [0] each."""
+    return {kind.field: like.new_empty(0, dtype=DTYPES.get(kind.field)) for kind in STATISTICS}

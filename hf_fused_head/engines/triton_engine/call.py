@@ -11,7 +11,7 @@ from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
 from hf_fused_head.engines.protocol import Rejected, Speculation
 from hf_fused_head.kernels.operands import Head, RowOutputs
 from hf_fused_head.kernels.tuning import TileConfig, cdiv
-from hf_fused_head.objective import Wanted
+from hf_fused_head.objective import DTYPES, Wanted
 
 
 class HeadCall(NamedTuple):
@@ -92,14 +92,15 @@ class HeadCall(NamedTuple):
 
     def outputs(self, wanted: Wanted, factor: bool, correction: bool) -> RowOutputs:
         """Memory for what is made of every row; not initialised."""
-        smooth, entropy, correct = wanted
         rows = self.num_tokens
+        asked = {
+            name: self.empty(rows, dtype=DTYPES.get(name, torch.float32)) if want else None
+            for name, want in wanted._asdict().items()
+        }
         return RowOutputs(
             nll=self.empty(rows),
             lse=self.empty(rows),
-            smooth=self.empty(rows) if smooth else None,
-            entropy=self.empty(rows) if entropy else None,
-            correct=self.empty(rows, dtype=torch.bool) if correct else None,
+            **asked,
             factor=self.empty(rows) if factor else None,
             correction=self.empty(rows) if correction else None,
             overflowed=self.empty(rows, dtype=torch.int32),

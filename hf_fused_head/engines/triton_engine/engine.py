@@ -40,7 +40,7 @@ from hf_fused_head.kernels.tuning import (
     supports_gluon,
     tile_config,
 )
-from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.objective import DTYPES, RowStats, RowWeights, Upstream, Wanted
 from hf_fused_head.planning.schedule import Schedule
 from hf_fused_head.planning.workspace import TRITON_SUMS_BYTES
 
@@ -248,15 +248,11 @@ def _empty_grads(operands: Operands, needs: Needs, widen_half: bool) -> list[Ten
 
 
 def _row_stats(outputs: RowOutputs) -> RowStats:
-    absent = outputs.nll.new_empty
-    return RowStats(
-        outputs.nll,
-        outputs.lse,
-        absent(0) if outputs.smooth is None else outputs.smooth,
-        absent(0) if outputs.entropy is None else outputs.entropy,
-        absent(0, dtype=torch.bool) if outputs.correct is None else outputs.correct,
-        outputs.correction,
-    )
+    stats = {name: getattr(outputs, name) for name in RowStats._fields}
+    for name in Wanted._fields:
+        if stats[name] is None:
+            stats[name] = outputs.nll.new_empty(0, dtype=DTYPES.get(name))
+    return RowStats(**stats)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

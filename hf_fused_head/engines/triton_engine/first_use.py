@@ -1,4 +1,4 @@
-"""The first call on a card whose results nobody has seen: a small problem against float64.
+"""The first call on an unverified card: a small problem is compared with float64.
 
 Kernels that are right on one card may be compiled wrongly for another. So the engine proves itself
 once a process, device and dtype, and where it fails plain torch computes the loss.
