@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_fused_head.trainer import FusedHeadTrainer
 
 # Imported at first use: transformers when a name needs it, and torch too, so that
-# `hf-fused-head --help` answers at once.
+# `hf-fused-head --help` starts at once.
 _LAZY = {
     "FusedHeadTrainer": "hf_fused_head.trainer",
     "LinearCrossEntropyLoss": "hf_fused_head.nn",

@@ -2,7 +2,7 @@
 
 Counted are the products of a head, as torch counts those of a linear layer, over all tokens. The
 import of that module imports triton where it is installed, so the formulas are registered at the
-first loss after somebody else has imported it.
+first loss after other code has imported it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ stock code that sees a model whose loss happens to be cheap.
 Beside the loss one thing is not as in stock: a model that tensor parallelism cut, or transformers
 when it loaded it, is saved and resumed by all processes. transformers 5.17 asks one alone for the
 whole weights, whose collectives the others do not join, and writes that one's part of the optimizer
-as if it were everybody's.
+as if all ranks had it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from hf_fused_head.distributed.sharded_checkpoint import (
     save_optimizer,
     saves_optimizer_itself,
 )
+from hf_fused_head.options import STAT_NAMES
 from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
 from hf_fused_head.patches.adapter import options_of, patch_for_trainer
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _IGNORED = -100  # The label without loss, all over transformers.
-_STATS = ("accuracy", "entropy")
 _Gather = Callable[[Tensor], Tensor]
 
 
@@ -245,7 +245,7 @@ class FusedHeadTrainer(Trainer):
         """`model`, patched; its own options stay where `head_options` names none."""
         own = replace(options_of(model), **self.head_options)
         if "stats" not in self.head_options and not own.stats:
-            own = replace(own, stats=_STATS)
+            own = replace(own, stats=STAT_NAMES)
         self._strict = own.strict
         smoothing = self.args.label_smoothing_factor or own.label_smoothing
         return patch_for_trainer(model, own, label_smoothing=smoothing)
@@ -264,7 +264,7 @@ class FusedHeadTrainer(Trainer):
         sharers = 1 if parallelism is None else parallelism.tp_size
         if sharers == 1:
             return cast(_Gather, self.gather_function)(rows)
-        # Neighbours share their rows, which accelerate counts once and gathers from each of them.
+        # Ranks of a group share their rows, which accelerate counts once and gathers from each.
         gathered = cast(Tensor, self.accelerator.gather(rows)).unflatten(
             0, (-1, sharers, len(rows))
         )

@@ -57,8 +57,8 @@ def apply_patch(
     the forward is the stock one. Called again, it takes the new options.
 
     Every forward with labels must take its loss out of the head, whatever is done to the model
-    later: another head is taken over; a forward that somebody puts on the instance, on the class or
-    on the head's class runs inside ours; a loss function that somebody replaced, also in a module
+    later: another head is taken over; a forward that is put on the instance, on the class or
+    on the head's class runs inside ours; a loss function that is replaced, also in a module
     of transformers or torch, is refused. A forward that renames or makes its labels is fused where
     they reach the forward of transformers below it, and refused where its loss comes from
     elsewhere. In training a forward without labels warns once: a loss from its logits is not fused.
@@ -233,8 +233,8 @@ def _patchable(model: Any, options: PatchOptions) -> PreTrainedModel:
 def fused_model_class(base: type) -> type:
     """`base` with a forward that opens calls, and a loss function that returns their loss.
 
-    A subclass of somebody's may give its labels to the forward of transformers below it under
-    another name. That forward is taken over too, by a class between the two.
+    A subclass outside transformers may give its labels to the forward below it under another name.
+    That forward is taken over too, by a class between the two.
     """
 
     def loss_function(self: Any) -> Any:
@@ -297,7 +297,7 @@ def _adopt_model(model: Any, state: PatchState) -> None:
 
 
 def _follow(ours: Any) -> None:
-    """Takes over what somebody has replaced on the stock class since ours was made of it."""
+    """Takes over what was replaced on the stock class since ours was derived from it."""
     base = ours._fused_base
     ours._fused_loss_property = base.loss_function
     ours._fused_loss_getter = base.loss_function.fget

@@ -101,7 +101,7 @@ def _run_chunks(
         """Counts nothing, yet is connected to what a loss would depend on."""
         return run(spare, labels[:1] * 0).without_effect()
 
-    # The first chunk, one row, tells the size of the vocabulary and the dtype.
+    # The first chunk, one row, shows the size of the vocabulary and the dtype.
     begin = rows.numel() if settings.impl == "reference" else 1
     first = run(hidden[:begin], targets[:begin]) if rows.numel() else idle()
     size = chunk_tokens(first.vocab_size, settings.memory_budget_mib)

@@ -138,7 +138,7 @@ def _refresh_bound_forwards(module: nn.Module) -> None:
     """Puts the forward of the present class where accelerate keeps the former one.
 
     Its device hooks call the bound method that they found, `_old_forward`, and leave it on the
-    instance when they are removed. Anything else in those places is somebody's own and stays.
+    instance when they are removed. Anything else in those places is not theirs and stays.
     """
     for name in ("forward", "_old_forward"):
         if is_bound_forward(module, module.__dict__.get(name)):

@@ -1,4 +1,4 @@
-"""Why a model or its head cannot be fused, as far as can be told without a forward."""
+"""Why a model or its head cannot be fused, as far as can be known without a forward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _refusals: weakref.WeakKeyDictionary[nn.Module, Refusal] = weakref.WeakKeyDictio
 
 
 def static_obstacle(target: Any) -> str | None:
-    """Why a model cannot be fused, as far as can be told without a forward."""
+    """Why a model cannot be fused, as far as can be known without a forward."""
     name = type(target).__name__
     if not isinstance(target, PreTrainedModel):
         return f"{name} is no transformers model: pass the model itself or a known wrapper of it"
@@ -40,9 +40,9 @@ def static_obstacle(target: Any) -> str | None:
     forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
     if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
         return f"the forward of {name} takes no labels"
-    rival = wrappers.conflicting_patch(target)
-    if rival is not None:
-        return rival
+    conflict = wrappers.conflicting_patch(target)
+    if conflict is not None:
+        return conflict
     loss_function = stock_loss_function(target)
     if not _is_known_loss(loss_function):
         return (
@@ -57,7 +57,7 @@ def static_obstacle(target: Any) -> str | None:
 
 
 def option_obstacle(target: Any, options: PatchOptions) -> str | None:
-    """Why a model cannot be fused as it was asked for, as far as can be told without a forward."""
+    """Why a model cannot be fused as it was asked for, as far as can be known without a forward."""
     head = innermost_head(target.get_output_embeddings())
     is_module = kind_of(stock_class(type(head))) == MODULE
     return engine_obstacle(head, options.impl) if is_module else None
@@ -74,7 +74,7 @@ def check_loss(loss_function: Any) -> None:
     """Makes sure that the fused loss stands for the one that the stock forward would compute.
 
     Raises:
-        UnsupportedModelError: If somebody has replaced the loss function or a part of it.
+        UnsupportedModelError: If the loss function or a part of it was replaced.
     """
     if not _is_known_loss(loss_function):
         raise UnsupportedModelError(
@@ -96,7 +96,7 @@ def stock_loss_function(model: Any) -> Any:
     attribute = ours.__dict__["_fused_base"].loss_function
     if isinstance(attribute, property):
         return attribute.__get__(model)
-    # Somebody has put a method in the place of the property.
+    # A method has taken the place of the property.
     return model.__dict__.get("loss_function", attribute.__get__(model))
 
 

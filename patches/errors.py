@@ -15,7 +15,7 @@ class RowCountError(UnsupportedModelError):
 
 
 class LogitsUnavailableError(RuntimeError, AttributeError):
-    """Somebody reads logits that were never made and can no longer be made.
+    """Logits are read that were never made and can no longer be made.
 
     An `AttributeError` too, so that `hasattr` and `getattr` with a default ask without harm.
     """

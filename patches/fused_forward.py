@@ -29,7 +29,7 @@ from .state import FUSED, LastForward, PatchState
 _UNKNOWN_KEYWORDS = frozenset(
     name
     for function in (ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy)
-    # Anything else is somebody's and will be refused.
+    # Anything else is a replacement, which is refused.
     if inspect.isfunction(function)
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
@@ -303,7 +303,7 @@ class FusedForward(LossForward):
             )
 
     def logits(self, proxy: LogitsProxy) -> Tensor:
-        """Real logits in the place of the stand-in; they can be read after the loss only."""
+        """Real logits in the place of the proxy; they can be read after the loss only."""
         if self.source is None:
             raise LogitsUnavailableError(
                 "the logits of a compiled or replicated fused forward do not exist: call the model "
@@ -313,7 +313,7 @@ class FusedForward(LossForward):
         return logits if proxy.shape == self.source.shape else logits.reshape(proxy.shape)
 
     def _settled(self, output: Any) -> Any:
-        """The stock output with logits that can be asked, where the stand-in is."""
+        """The stock output with readable logits in the place of the proxy."""
         if self.source is not None:
             self.source.settle()
         if isinstance(output, tuple):

@@ -70,7 +70,7 @@ class LinearOperands(NamedTuple):
 def kind_of(cls: type) -> str:
     """The kind of heads of this class; `cls` is the class as it was before any swap.
 
-    A class whose forward somebody has replaced is a module, whose own forward runs.
+    A class whose forward was replaced is a module, whose own forward runs.
     """
     return _kind(cls, cls.forward, nn.functional.linear)
 
@@ -310,5 +310,5 @@ def _is_watched(module: Any) -> bool:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class of a library that is in use already; None where nobody has imported it."""
+    """A class of a library that is in use already; None where it was not imported."""
     return getattr(sys.modules.get(module), name, None)

@@ -1,4 +1,4 @@
-"""`output.logits` of a fused forward: a tensor that is made when somebody uses it, not before.
+"""`output.logits` of a fused forward: a tensor that is made on first use.
 
 Loss-only evaluation, mixed precision wrappers and logging loops take the logits out of the output,
 cast them and drop them. Shape, dtype, casts, copies and `detach` therefore cost nothing here. The
@@ -24,8 +24,8 @@ from .logits_proxy import Step
 from .recompute_logits import REMEDY, ComputeMode, RecomputedLogits
 
 
-class Pending:
-    """What a deferred tensor knows of the tensor that it stands for.
+class LazyValue:
+    """A tensor that is made on first use, and what is known of it before.
 
     Args:
         make: Makes the tensor.
@@ -67,18 +67,18 @@ class Pending:
 
 
 class LazyLogits(Tensor):
-    """Logits that exist once somebody uses their values; see the module's docstring."""
+    """Logits that exist once their values are used; see the module's docstring."""
 
-    _pending: Pending
+    _lazy: LazyValue
 
     @staticmethod
     def __new__(
-        cls, pending: Pending, shape: torch.Size, dtype: torch.dtype, device: torch.device
+        cls, lazy: LazyValue, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> LazyLogits:
         # The wrapper itself never requires grad: a backward that starts from it, past all Python,
-        # must fail instead of ending here. `requires_grad` is answered below.
+        # must fail instead of ending here. `requires_grad` is handled below.
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._pending = pending
+        self._lazy = lazy
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -98,10 +98,10 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if args and isinstance(args[0], LazyLogits):
             if func in _AUTOGRAD:
-                return _AUTOGRAD[func](args[0]._pending, *args[1:], **kwargs)
-            deferred = _deferred_result(func, args[0], args[1:], kwargs)
-            if deferred is not None:
-                return deferred
+                return _AUTOGRAD[func](args[0]._lazy, *args[1:], **kwargs)
+            result = _lazy_result(func, args[0], args[1:], kwargs)
+            if result is not None:
+                return result
         return _on_real_tensors(func, args, kwargs)
 
     @classmethod
@@ -115,9 +115,9 @@ class LazyLogits(Tensor):
         # Reached only past `__torch_function__`, from C++ code such as an autograd.Function's
         # inputs; autograd has been here already and saw no history.
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, LazyLogits) and leaf._pending.requires_grad:
+            if isinstance(leaf, LazyLogits) and leaf._lazy.requires_grad:
                 raise LogitsUnavailableError(
-                    f"{func} reached deferred logits below autograd, where their gradient would be "
+                    f"{func} reached lazy logits below autograd, where their gradient would be "
                     f"lost: use logits * 1 first, or {REMEDY}"
                 )
         return _on_real_tensors(func, args, kwargs or {})
@@ -127,8 +127,8 @@ def lazy_logits(source: RecomputedLogits, steps: tuple[Step, ...], dtype: torch.
     """The head's output after the recorded operations, of the given dtype, made on first use."""
     moves = [step.args[0] for step in steps if step.name == "move"]
     device = moves[-1] if moves else source.device
-    pending = Pending(functools.partial(source.replayed, steps), source.requires_grad)
-    return LazyLogits(pending, source.shape, dtype, device)
+    lazy = LazyValue(functools.partial(source.replayed, steps), source.requires_grad)
+    return LazyLogits(lazy, source.shape, dtype, device)
 
 
 def _on_real_tensors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def _on_real_tensors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: An
 
 
 def _made(leaf: Any) -> Any:
-    return leaf._pending.value if isinstance(leaf, LazyLogits) else leaf
+    return leaf._lazy.value if isinstance(leaf, LazyLogits) else leaf
 
 
 _CASTS = {
@@ -149,15 +149,15 @@ _CASTS = {
 
 
 def _getter(name: str) -> Any:
-    """How `__torch_function__` is told that an attribute is read."""
+    """How `__torch_function__` learns that an attribute is read."""
     return getattr(Tensor, name).__get__
 
 
 _AUTOGRAD: dict[Any, Callable[..., Any]] = {
-    _getter("requires_grad"): lambda pending: pending.requires_grad,
-    _getter("is_leaf"): lambda pending: not pending.requires_grad,
-    _getter("grad_fn"): Pending.grad_fn,
-    Tensor.register_hook: Pending.register_hook,
+    _getter("requires_grad"): lambda lazy: lazy.requires_grad,
+    _getter("is_leaf"): lambda lazy: not lazy.requires_grad,
+    _getter("grad_fn"): LazyValue.grad_fn,
+    Tensor.register_hook: LazyValue.register_hook,
 }
 _METADATA = {
     *(
@@ -177,10 +177,10 @@ _METADATA = {
 }
 
 
-def _deferred_result(
+def _lazy_result(
     func: Callable[..., Any], logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LazyLogits | None:
-    """The result of a cast, a copy or a detach, still deferred; None for everything else."""
+    """The result of a cast, a copy or a detach, still lazy; None for everything else."""
     plain = not (args or kwargs)
     if func in (Tensor.detach, torch.detach) and plain:
         return _derived(logits, Tensor.detach, (), logits.dtype, False)
@@ -193,7 +193,7 @@ def _deferred_result(
         # Multi-gradient hooks, as of FlopCounterMode, take the node of a tensor from a view of it,
         # to ask whether a backward runs it. None runs that of a tensor which has not been made.
         view = _derived(logits, Tensor.view, (logits.shape,), logits.dtype, True)
-        view._pending.node = torch.zeros((), requires_grad=True).clone().grad_fn
+        view._lazy.node = torch.zeros((), requires_grad=True).clone().grad_fn
         return view
     if func in _CASTS and plain:
         return _cast(logits, _CASTS[func])
@@ -229,15 +229,15 @@ def _derived(
     device: torch.device | None = None,
 ) -> LazyLogits:
     """`function(logits, *args)` as it would be now, made on first use."""
-    parent, mode = logits._pending, ComputeMode.current(logits.device.type)
+    parent, mode = logits._lazy, ComputeMode.current(logits.device.type)
 
     def make() -> Tensor:
         with mode.restored():
             return function(parent.value, *args)
 
     requires_grad = differentiable and parent.requires_grad and mode.grad_enabled
-    pending = Pending(make, requires_grad)
-    return LazyLogits(pending, logits.shape, dtype, device or logits.device)
+    lazy = LazyValue(make, requires_grad)
+    return LazyLogits(lazy, logits.shape, dtype, device or logits.device)
 
 
 class UnavailableLogits:

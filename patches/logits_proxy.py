@@ -1,6 +1,6 @@
-"""What the fused head returns in the place of logits: a stand-in that records what is done to it.
+"""What the fused head returns in the place of logits: a proxy that records what is done to it.
 
-The stock forward goes on with it as with logits. A few operations are understood and recorded; the
+The stock forward uses it as it would the logits. A few operations are understood and recorded; the
 record shows, on the very pass that trains, what the model does between its head and its loss.
 Anything else ends the pass with the name of the operation.
 """
@@ -61,7 +61,7 @@ class LogitsProxy:
     """Stands for the logits between the head and the loss; no tensor.
 
     Attributes:
-        loss: The finished loss, 0-d; what the model hands back must come out of this very tensor.
+        loss: The finished loss, 0-d; what the model returns must come from this very tensor.
         owner: The forward that this belongs to.
         shape: That of the logits, [..., vocab].
         dtype: That of the logits at this point of the forward.
@@ -281,7 +281,7 @@ class LogitsProxy:
 
     def __getattr__(self, name: str) -> Any:
         # Called only for what is not defined above. Names that no tensor has are plain mistakes
-        # or the duck typing of others, and get the usual answer.
+        # or the duck typing of others, and get the usual result.
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._other(name), name)

@@ -59,7 +59,7 @@ def run_model(
     try:
         return _open(model, state, arguments, layer).run(state.running, stock, args, kwargs)
     except UnsupportedModelError as error:
-        # A compiler that broke its graph here would go on to compile the way back to stock.
+        # A compiler that broke its graph here would compile the way back to stock next.
         refused: Any = torch.compiler.disable(_refused)
         return refused(model, state, error, stock, args, kwargs)
 
@@ -140,9 +140,9 @@ def _run_head(
 
 
 def _open(model: Any, state: PatchState, arguments: LossArguments, layer: Layer) -> FusedForward:
-    rival = None if torch.compiler.is_compiling() else wrappers.conflicting_patch(model)
-    if rival is not None:
-        raise UnsupportedModelError(f"this model cannot be fused any more: {rival}")
+    conflict = None if torch.compiler.is_compiling() else wrappers.conflicting_patch(model)
+    if conflict is not None:
+        raise UnsupportedModelError(f"this model cannot be fused any more: {conflict}")
     head = adopt_head(model, state)
     wrappers.refuse_backward_hooks(head)
     loss_function = stock_loss_function(model)

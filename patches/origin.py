@@ -40,7 +40,7 @@ def _is_code_of(function: Any, package: str) -> bool:
     if code is None or function.__globals__["__name__"].partition(".")[0] != package:
         return False
     file = function.__globals__.get("__file__") or ""
-    # Code that somebody has compiled into the module, or put under the function, has another file.
+    # Code that was compiled into the module, or put under the function, has another file.
     # A module that was loaded without its source does not know the file of its code.
     return code.co_filename == file or not file.endswith(".py")
 
@@ -62,7 +62,7 @@ def is_masked_loss(loss_function: Any) -> bool:
 
 
 def replaced_part_of_losses() -> str | None:
-    """What somebody has put in the place of a function that both losses call; None for nothing."""
+    """What has taken the place of a function that both losses call; None for nothing."""
     functional = loss_utils.nn.functional  # pyright: ignore[reportPrivateImportUsage]
     for module, name, function in (
         (_LOSS_UTILS, "fixed_cross_entropy", loss_utils.fixed_cross_entropy),

@@ -70,7 +70,7 @@ class ComputeMode(NamedTuple):
 
 
 class RecomputedLogits:
-    """Where deferred logits come from: the head, what it was given, and how it stood.
+    """Where lazy logits come from: the head, its input, and the modes that it ran under.
 
     Args:
         head: The module whose stock forward makes the logits.

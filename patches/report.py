@@ -1,4 +1,4 @@
-"""Am I fused? The answer for people and for training jobs."""
+"""Whether and how a model is fused: a report for people, a check for training jobs."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def require_fused(model: nn.Module) -> Iterator[None]:
     """Makes sure that a forward inside the `with` block takes its loss out of the head.
 
     A patched model holds every pass with labels to that by itself. This sees also what never
-    reaches it: labels that were taken away before, a former `model.forward` that somebody has
-    kept, another model in the place of the patched one. It waits for nothing on the device.
+    reaches it: labels that were taken away before, a former `model.forward` that was kept,
+    another model in the place of the patched one. It waits for nothing on the device.
 
     Args:
         model: A patched model, or what it has been wrapped into.
@@ -175,7 +175,7 @@ def _wrapper(outer: nn.Module, head: nn.Module) -> str:
 def _stock_name(module: nn.Module) -> str:
     cls = stock_class(type(module))
     path = cls.__module__.split(".")
-    # Every tuner of PEFT calls its layer Linear; peft.tuners.ia3.layer is told as `ia3.Linear`.
+    # Every tuner of PEFT calls its layer Linear; peft.tuners.ia3.layer is named `ia3.Linear`.
     tuner = f"{path[2]}." if path[:2] == ["peft", "tuners"] else ""
     return tuner + cls.__name__
 

@@ -1,8 +1,8 @@
 """Forwards of a patched model that are running: where labels enter, and where they belong.
 
-A model is entered at up to three layers, from the outside in: a forward that somebody has put on
+A model is entered at up to three layers, from the outside in: a forward that was put on
 the instance, the forward of its class, and the one that transformers defines where the class is
-somebody's subclass of it. Labels may be made or renamed between two layers.
+a subclass of it from elsewhere. Labels may be made or renamed between two layers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
     """A forward through which a model is entered.
 
     Attributes:
-        name: Tells it from the other layers of the model.
+        name: Distinguishes it from the other layers of the model.
         positions: Where it takes the arguments of the loss, `self` not counted.
     """
 

@@ -25,7 +25,7 @@ FUSED = "fused"
 
 
 class LastForward(NamedTuple):
-    """What the report tells of the last fused forward."""
+    """What the report says of the last fused forward."""
 
     kind: str
     ranks: int  # that share the head's rows

@@ -100,7 +100,7 @@ def whole_logits(logits: Any) -> Tensor:
 def gathers_logits(forward: Any, head: Any) -> bool:
     """Whether a forward on the head is transformers', with hidden states and logits whole.
 
-    On a deep copy of a head it still runs the original, and counts as somebody else's.
+    On a deep copy of a head it still runs the original, and counts as another's.
     """
     code = getattr(forward, "__code__", None)
     if code is None or forward.__globals__.get("__name__") != _TRANSFORMERS:

@@ -1,4 +1,4 @@
-"""Who else has put hands on a model: which wrappers are followed, which are refused by name."""
+"""Wrappers and patches of other libraries: which are followed, which are refused by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .running import Layer, positions
 from .tensor_parallel import gathers_logits
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
-# A package counts with those whose names go on from its own: unsloth_compiled_module_llama.
+# A package counts with those whose names begin with its own: unsloth_compiled_module_llama.
 _CONFLICTING = {
     "liger_kernel": "load the model without use_liger_kernel and apply_liger_kernel_to_*, then "
     "apply_patch",
@@ -108,8 +108,8 @@ def _conflict_remedy(function: Any) -> str | None:
     package = module_of(function).partition(".")[0]
     if package in ("transformers", *_TRANSPARENT):
         return None
-    for rival, remedy in _CONFLICTING.items():
-        if package == rival or package.startswith(f"{rival}_"):
+    for conflict, remedy in _CONFLICTING.items():
+        if package == conflict or package.startswith(f"{conflict}_"):
             return remedy
     return None
 
@@ -141,10 +141,10 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
         if not composable or not _is_transparent(function):
             remedy = "apply_patch before that" if composable else "take it off"
             return (
-                f"somebody has put a forward on {name}, {name_of(function)}: {remedy}, or leave "
+                f"there is a forward on {name}, {name_of(function)}: {remedy}, or leave "
                 "this model stock"
             )
-    return f"somebody has put a forward on {name} that does not lead to its class's forward"
+    return f"there is a forward on {name} that does not lead to its class's forward"
 
 
 def runs_ours(model: nn.Module) -> bool:
@@ -178,7 +178,7 @@ def compose(model: nn.Module, run: Callable[..., Any]) -> None:
 def _leads_to_ours(forward: Any) -> bool:
     """Whether every call of `forward` reaches ours, through wrappers that are known to pass it on.
 
-    Of others `__wrapped__` tells only what they were named after: TRL's calls it on some passes.
+    Elsewhere `__wrapped__` is only what a function was named after: TRL's calls it sometimes.
     """
     for function in _chain(forward):
         if _is_ours(function):

@@ -129,7 +129,7 @@ def with_adapters(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     if name == "tiny":
-        # Nobody else has these weights: an adapter without them could not be loaded again.
+        # These weights are saved nowhere else: an adapter without them could not be loaded again.
         base = output / "base"
         if write:
             model.save_pretrained(base)

@@ -154,7 +154,7 @@ def _prepare_floor(batch: Batch, mode: str) -> Step:
     no_loss = hidden.new_full((), float("nan"))
 
     def step() -> Result:
-        # The logits stand in for their gradient: a product costs the same on either.
+        # The logits take the place of their gradient: a product with either costs the same.
         torch.mm(hidden, weight.t(), out=logits)
         if mode != "fwd":
             torch.mm(logits, weight, out=dhidden)
@@ -233,7 +233,7 @@ def _quack_loss(batch: Batch) -> Loss:
     )
 
 
-# Distributions whose versions stand in the header of a result.
+# Distributions whose versions the header of a result names.
 PEER_PACKAGES = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
 FLOOR = Entrant("floor", "the bare matrix products", _prepare_floor)
 _OTHERS = {

@@ -89,7 +89,7 @@ def cpu_name() -> str:
 def commit() -> str | None:
     """The git commit of this source tree, with `+changes` if files differ; None outside of one."""
     here = Path(__file__).resolve()
-    # An installed copy may lie inside of somebody else's repository.
+    # An installed copy may lie inside another repository.
     if _git(here, "ls-files", "--error-unmatch", here.name) is None:
         return None
     head = _git(here, "rev-parse", "HEAD")

@@ -76,7 +76,7 @@ def rest(device: torch.device) -> None:
 def peak_of(step: Callable[[], T], device: torch.device) -> tuple[T, int]:
     """The result of a step, and the most bytes it held at once beyond what existed before.
 
-    Both meters count what torch's allocator hands out, so outputs and gradients are included and
+    Both meters count what torch's allocator allocates, so outputs and gradients are included and
     inputs are not. On a CPU the allocator reports every allocation to the profiler, temporaries
     inside of operators too, which a `TorchDispatchMode` cannot see; the resident size of the
     process would add what the allocator keeps for later.

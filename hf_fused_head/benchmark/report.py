@@ -93,8 +93,8 @@ def _counts(rows: Sequence[SupportRow], task: str) -> str:
             counts[row.status] = counts.get(row.status, 0) + len(row.classes)
     versions = ", ".join(sorted({row.transformers for row in rows}))
     of_what = "causal language models" if task == "causal" else "other multimodal classes, by text"
-    told = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
-    return f"transformers {versions}, {sum(counts.values())} {of_what}: {told}."
+    verdicts = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
+    return f"transformers {versions}, {sum(counts.values())} {of_what}: {verdicts}."
 
 
 def _ways(row: SupportRow) -> str:

@@ -187,7 +187,7 @@ def _time(lanes: list[_Lane], settings: Settings, ranks: Ranks) -> None:
         for lane in lanes:
             if lane.step is not None:
                 with Guard(lane):
-                    # Nobody waits for a rank that comes late.
+                    # No rank waits for a late one.
                     ranks.gather(None)
                     elapsed = max(ranks.gather(measure.time_ms(lane.step, ranks.device)))
                     if repeat >= 0:

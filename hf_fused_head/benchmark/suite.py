@@ -331,7 +331,7 @@ def _time(
 ) -> None:
     """Times the contenders in turn, so that a slow minute of the machine meets all of them.
 
-    Every other turn goes backwards, so that nobody is always behind the same neighbour.
+    Every other turn goes backwards, so that no contender always follows the same other one.
     """
     samples: dict[str, list[float]] = {lane.record.contender: [] for lane in lanes}
     steps: dict[str, int] = {}

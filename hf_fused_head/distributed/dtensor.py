@@ -6,7 +6,7 @@ from typing import Any
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; by name, so that nobody without one needs the import."""
+    """Whether a tensor is a DTensor; by name, so that code without one needs no import."""
     return type(tensor).__name__ == "DTensor"
 
 

@@ -7,7 +7,7 @@ loss, with the bytes that a rank sends a token:
 
     agree     all-gather of a few integers, once a pass, whatever the number of tokens (the
               backward of a scalar loss, whose gradients are there already, has none); a rank that
-              cannot go on takes part in it too (`report_failure`), so that no other waits for it
+              raises takes part in it too (`report_failure`), so that no other waits for it
     forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
               smoothing, entropy and accuracy one collective more, 4 for each (the Triton engine
               4 more with entropy or accuracy); 4 to 12 where a loss is beyond what exponents hold
@@ -16,7 +16,7 @@ loss, with the bytes that a rank sends a token:
 
 With chunks of tokens these come chunk by chunk. The reference engine gathers the logits instead.
 
-The engines ask the same of `WHOLE`, a head on one rank, where every answer is what was asked with.
+The engines ask the same of `WHOLE`, a head on one rank, where every result is its argument.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class VocabShard:
     def columns_of(self, classes: Tensor, rows: int) -> Tensor:
         """Labels as columns of the logits of this rank's `rows`.
 
-        A class of another rank is told as itself plus the size of the vocabulary, beyond every
+        A class of another rank becomes itself plus the size of the vocabulary, beyond every
         column; what is negative stands for no class and stays.
         """
         if self.group is None:
@@ -90,7 +90,7 @@ class VocabShard:
         return torch.where(classes < 0, classes, column)
 
     def classes_of(self, columns: Tensor, rows: int) -> Tensor:
-        """The labels that `columns_of` has told, none of them negative."""
+        """The labels behind what `columns_of` returned, none of them negative."""
         if self.group is None:
             return columns
         beyond = columns - self.total(rows)
@@ -211,7 +211,7 @@ _FAILED = -1
 def agree(
     name: str, rows: int, labels: Tensor, terms: Terms, complete_hidden: bool = True
 ) -> VocabShard:
-    """This rank's shard, once all ranks have told their rows and that they mean the same loss.
+    """This rank's shard, once all ranks have exchanged their numbers of rows and agree on the loss.
 
     Every rank raises what one of them has to raise, so none is left waiting.
 
@@ -241,8 +241,8 @@ def agree(
     places = torch.arange(1, flat.shape[0] + 1, device=flat.device)
     mine = torch.tensor([rows, *codes, 0], device=flat.device)
     mine[-1] = (flat * places).sum()
-    told = shard._gather(mine).tolist()
-    sizes = tuple(row[0] for row in told)
+    gathered = shard._gather(mine).tolist()
+    sizes = tuple(row[0] for row in gathered)
     if _FAILED in sizes:
         raise RuntimeError(
             "the arguments must be valid on every rank of `process_group`, got an error on rank "
@@ -255,7 +255,7 @@ def agree(
         )
     got = [*(f"{term!r} here and another" for term in terms), "another"]
     for index, what in enumerate((*_NAMES, "`target`")):
-        column = [row[1 + index] for row in told]
+        column = [row[1 + index] for row in gathered]
         others = [rank for rank, code in enumerate(column) if code != column[shard.rank]]
         if others:
             raise RuntimeError(
@@ -277,7 +277,7 @@ def report_failure(name: str, device: torch.device) -> None:
         return
     shard = _equal_shards(name, 0)
     if shard.group is not None:
-        # As much as `agree` tells: rows, codes, labels.
+        # As much as `agree` sends: rows, codes, labels.
         shard._gather(torch.full((len(_NAMES) + 2,), _FAILED, device=device))
 
 

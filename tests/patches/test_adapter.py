@@ -508,27 +508,27 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model)
 
 
-NEIGHBOURS = [prepared, hooked, with_adapter, compiled]
+WRAPPERS = [prepared, hooked, with_adapter, compiled]
 
 
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patch first", "patch last"])
-@pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_neighbours_compose_in_both_orders(
-    neighbour: Callable[[nn.Module], nn.Module], patch_first: bool
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrappers_compose_in_both_orders(
+    wrap: Callable[[nn.Module], nn.Module], patch_first: bool
 ) -> None:
     size = {"tie_word_embeddings": False, "num_hidden_layers": 1}
-    stock, model = neighbour(build("gemma2", **size)), build("gemma2", **size)
+    stock, model = wrap(build("gemma2", **size)), build("gemma2", **size)
     if patch_first:
-        model = neighbour(apply_patch(model))
+        model = wrap(apply_patch(model))
     else:
-        model = neighbour(model)
+        model = wrap(model)
         assert apply_patch(apply_patch(model)) is model
     inputs = batch(build("gemma2"))
     output, expected = model(**inputs), stock(**inputs)
     assert patch_report(model).fused
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
     output.loss.backward()
-    if neighbour is compiled:
+    if wrap is compiled:
         assert isinstance(output.logits, UnavailableLogits)
     else:
         assert isinstance(output.logits, LazyLogits)
@@ -598,7 +598,7 @@ def test_fsdp2_gathers_the_head_for_both_passes(
     if not patch_first:
         apply_patch(model)
     output = model(**inputs)
-    assert isinstance(output.logits, LazyLogits) and output.logits._pending._value is None
+    assert isinstance(output.logits, LazyLogits) and output.logits._lazy._value is None
     if own_group:
         with pytest.raises(RuntimeError, match="sharded outside its forward"):
             output.logits.sum()
@@ -629,7 +629,7 @@ def test_ddp_makes_no_logits(options: dict[str, bool], one_process: Any) -> None
         model.zero_grad()
         output = model(**inputs)
         output.loss.backward()
-        assert output.logits._pending._value is None
+        assert output.logits._lazy._value is None
     assert patch_report(model).fused
     truth = copy.deepcopy(stock).double()
     backwards((stock, truth), inputs)

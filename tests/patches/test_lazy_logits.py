@@ -1,4 +1,4 @@
-"""Deferred logits: nothing until used, the stock value and gradient then, or a clear error."""
+"""Lazy logits: nothing until used, the stock value and gradient then, or a clear error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pair(family: str = "gemma2", **settings: Any) -> tuple[nn.Module, nn.Module,
 
 def is_made(logits: Tensor) -> bool:
     assert isinstance(logits, LazyLogits)
-    return logits._pending._value is not None
+    return logits._lazy._value is not None
 
 
 QUESTIONS: list[Callable[[Tensor], Any]] = [
@@ -52,7 +52,7 @@ def test_questions_about_the_tensor_make_nothing(index: int, grad: bool) -> None
     assert not is_made(logits)
 
 
-STAYS_DEFERRED: list[Callable[[Tensor], Tensor]] = [
+STAYS_LAZY: list[Callable[[Tensor], Tensor]] = [
     Tensor.float,
     Tensor.double,
     Tensor.half,
@@ -70,10 +70,10 @@ STAYS_DEFERRED: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("index", range(len(STAYS_DEFERRED)))
-def test_casts_and_copies_stay_deferred_and_right(index: int) -> None:
+@pytest.mark.parametrize("index", range(len(STAYS_LAZY)))
+def test_casts_and_copies_stay_lazy_and_right(index: int) -> None:
     stock, fused, inputs = pair()
-    cast = STAYS_DEFERRED[index]
+    cast = STAYS_LAZY[index]
     logits = fused(**inputs).logits
     result, expected = cast(logits), cast(stock(**inputs).logits)
     assert not is_made(logits) and not is_made(result)
@@ -81,7 +81,7 @@ def test_casts_and_copies_stay_deferred_and_right(index: int) -> None:
     assert torch.equal(result, expected)
 
 
-def test_a_move_to_another_device_stays_deferred() -> None:
+def test_a_move_to_another_device_stays_lazy() -> None:
     """Accelerate's device maps bring every output to where the inputs lay."""
     _, fused, inputs = pair()
     logits = fused(**inputs).logits

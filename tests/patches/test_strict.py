@@ -177,7 +177,7 @@ def copied(function: Callable[..., Any], module: str = __name__) -> Callable[...
     return types.FunctionType(code, names | {"__name__": module}, argdefs=function.__defaults__)
 
 
-RIVALS = {
+CONFLICTING = {
     "liger_kernel.transformers.model.llama": "load the model without use_liger_kernel",
     "trl.trainer.utils": "train with FusedHeadTrainer",
     "unsloth.models.llama": "load the model with transformers",
@@ -187,8 +187,8 @@ RIVALS = {
 
 
 @pytest.mark.parametrize("place", ["instance", "class"])
-@pytest.mark.parametrize("module", RIVALS)
-def test_rivals_are_named_before_and_after_the_patch(module: str, place: str) -> None:
+@pytest.mark.parametrize("module", CONFLICTING)
+def test_conflicting_patches_are_named_before_and_after_the_patch(module: str, place: str) -> None:
     class MyLlama(Llama):
         pass
 
@@ -199,10 +199,10 @@ def test_rivals_are_named_before_and_after_the_patch(module: str, place: str) ->
         MyLlama.forward = forward
     else:
         put(model, forward)
-    assert not patch_report(model).fused and RIVALS[module] in patch_report(model).reason
-    with pytest.raises(UnsupportedModelError, match=f"{module}.*{RIVALS[module]}"):
+    assert not patch_report(model).fused and CONFLICTING[module] in patch_report(model).reason
+    with pytest.raises(UnsupportedModelError, match=f"{module}.*{CONFLICTING[module]}"):
         model(**inputs)
-    with pytest.raises(UnsupportedModelError, match=f"{module}.*{RIVALS[module]}"):
+    with pytest.raises(UnsupportedModelError, match=f"{module}.*{CONFLICTING[module]}"):
         apply_patch(model)
     assert type(model) is MyLlama
 

@@ -240,7 +240,7 @@ def a_forward_of_another_head_is_refused() -> None:
     forward = model.lm_head.__dict__["forward"]
     model.lm_head = nn.Linear(16, 104, bias=False)
     model.lm_head.forward = forward
-    with refused(UnsupportedModelError, "somebody has put a forward on the head"):
+    with refused(UnsupportedModelError, "there is a forward on the head"):
         apply_patch(model)
 
 

@@ -169,7 +169,7 @@ def other_forwards_of_transformers_are_refused() -> None:
     style_of = transformers_styles()
     model.lm_head.__dict__.pop("forward")
     style_of["colwise"].install_forward(model.lm_head, mesh())
-    with refused(UnsupportedModelError, "somebody has put a forward on the head"):
+    with refused(UnsupportedModelError, "there is a forward on the head"):
         apply_patch(model)
 
 
