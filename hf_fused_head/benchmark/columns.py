@@ -40,6 +40,8 @@ _TIMES: Columns = {
     "ms": lambda row: number(row["time_ms"], ".2f"),
     "min-max ms": lambda row: f"{row['min_ms']:.2f}-{row['max_ms']:.2f}",
 }
+# Missing in older files, and on a CPU.
+_HOST = "host ms"
 _PEAK: Columns = {"peak MiB": lambda row: mebibytes(row["peak_bytes"])}
 _ERRORS: Columns = {
     "loss error": lambda row: number(row["loss_error"], ".1e"),
@@ -53,6 +55,7 @@ _OF_KIND: dict[str | None, Columns] = {
         **_FIRST,
         **_SCHEDULE,
         **_TIMES,
+        _HOST: lambda row: number(row.get("host_ms"), ".2f"),
         "x floor": lambda row: number(row["floor_ratio"], ".2f"),
         **_PEAK,
         **_ERRORS,
@@ -84,7 +87,10 @@ WORDS = ("contender", "schedule", "losses", "check")
 
 def columns_of(content: dict) -> Columns:
     """What the tables of a document show, by the titles of the columns."""
-    return _OF_KIND[content["header"].get("kind")]
+    columns = _OF_KIND[content["header"].get("kind")]
+    if any(row.get("host_ms") is not None for row in content["results"]):
+        return columns
+    return {name: cell for name, cell in columns.items() if name != _HOST}
 
 
 def cells(row: Row, columns: Columns) -> list[str]:

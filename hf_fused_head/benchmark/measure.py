@@ -56,6 +56,29 @@ def time_ms(step: Callable[[], object], device: torch.device, steps: int = 1) ->
     return start.elapsed_time(end) / steps
 
 
+def host_ms(step: Callable[[], object], device: torch.device, steps: int = 5) -> float | None:
+    """Milliseconds until the host has issued one step to an idle GPU; None on a CPU.
+
+    The fastest of several: whatever else the host does only adds. A step that waits for the device
+    in between counts the wait.
+
+    Args:
+        step: What is timed.
+        device: Where it computes.
+        steps: How often.
+    """
+    if device.type != "cuda":
+        return None
+    issued = []
+    for _ in range(steps):
+        synchronize(device)
+        begin = time.perf_counter()
+        step()
+        issued.append((time.perf_counter() - begin) * 1e3)
+    synchronize(device)
+    return min(issued)
+
+
 def steps_to_settle(step: Callable[[], object], device: torch.device) -> int:
     """How many steps bring a device to the clock at which it runs these steps for long.
 

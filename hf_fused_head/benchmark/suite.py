@@ -60,6 +60,7 @@ class Settings:
             if on_gpu
             else "wall clock",
             "time": "median; min and max beside it",
+            **({"host": "until a step is issued to an idle GPU, fastest of 5"} if on_gpu else {}),
             "memory": "peak of torch's allocator beyond inputs, outputs and gradients included",
             "errors": "relative Frobenius norm against plain torch in float64 (truth_dtype)",
             "data": "Zipf labels, targets raised to a mean loss near 2, random, fixed seed",
@@ -89,6 +90,7 @@ class Record:
     min_ms: float | None = None
     max_ms: float | None = None
     samples_ms: list[float] | None = None
+    host_ms: float | None = None
     floor_ratio: float | None = None
     peak_bytes: int | None = None
     gradient_bytes: int | None = None
@@ -339,6 +341,8 @@ def _time(
         if lane.step is not None:
             with Guard(lane):
                 steps[lane.record.contender] = measure.steps_to_settle(lane.step, device)
+                host_ms = measure.host_ms(lane.step, device)
+                lane.record.host_ms = None if host_ms is None else round(host_ms, 4)
     for repeat in range(-settings.warmup, settings.repeats):
         for lane in lanes[:: -1 if repeat % 2 else 1]:
             if lane.step is not None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_fused_head.benchmark import accuracy, contenders, environment, measure, report, suite
+from hf_fused_head.benchmark import (
+    accuracy,
+    columns,
+    contenders,
+    environment,
+    measure,
+    report,
+    suite,
+)
 from hf_fused_head.benchmark.accuracy import Result
 from hf_fused_head.benchmark.contenders import Entrant
 from hf_fused_head.benchmark.plot import save_plot
@@ -151,6 +159,32 @@ def test_a_case_has_a_full_record_for_every_contender(mode: str, ignored: float)
         assert record.peak_bytes and record.loss_error is not None
         assert (record.dhidden_error is None) == (mode == "fwd")
         assert (record.dweight_error is None) == (mode != "fwd+bwd")
+
+
+def test_the_time_of_the_host_is_a_column_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU is its own host, and older files do not have it."""
+    entrants = contenders.entrants(["floor", "ours"], [])
+    assert measure.host_ms(pytest.fail, CPU) is None
+    for time_ms, shown in ((None, False), (1.25, True)):
+        monkeypatch.setattr(measure, "host_ms", lambda *given, ms=time_ms: ms)
+        records = suite.run_case(case("fwd", 0.0), entrants, SETTINGS, CPU)
+        assert [record.host_ms for record in records] == [time_ms] * 2
+        content = {"header": {}, "results": [asdict(record) for record in records]}
+        assert ("host ms" in columns.columns_of(content)) == shown
+    cells = columns.cells(content["results"][1], columns.columns_of(content))
+    assert "1.25" in cells
+
+
+@pytest.mark.gpu
+def test_the_host_issues_a_step_before_the_device_has_done_it() -> None:
+    device = torch.device("cuda", 0)
+    big = make_batch(Workload("", 8192, 1024, 64_000, "bfloat16", ""), torch.bfloat16, device)
+    step = contenders.FLOOR.prepare(big, "fwd+bwd")
+    step()
+    issued = measure.host_ms(step, device)
+    assert issued is not None and 0 < issued < measure.time_ms(step, device, 3)
 
 
 def test_budgets_multiply_ours_and_an_at_sign_sets_one() -> None:
