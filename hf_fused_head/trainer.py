@@ -6,10 +6,10 @@ same value. When a metric wants predictions it takes logits out of the output; h
 for those steps and for no others. All else (gradient accumulation, token counts across devices) is
 stock code that sees a model whose loss happens to be cheap.
 
-Beside the loss one thing is not as in stock: a model that tensor parallelism cut, or transformers
-when it loaded it, is saved and resumed by all processes. transformers 5.17 asks one alone for the
-whole weights, whose collectives the others do not join, and writes that one's part of the optimizer
-as if all ranks had it.
+Beside the loss one thing differs from stock: a model that tensor parallelism sharded, or
+transformers when it loaded it, is saved and resumed by all processes. transformers
+5.17 has one alone gather the weights, whose collectives the others do not join, and writes that
+one's part of the optimizer as if all ranks had it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class FusedHeadTrainer(Trainer):
     Steps that need logits get them from the stock head and say so once: those with
     `compute_metrics` or `predict()`, and all of them with `compute_loss_func`.
 
-    Checkpoints of a model that tensor parallelism cut hold whole tensors, as those of one process
-    do; all processes have to come to `save_model`.
+    Checkpoints of a sharded model hold full tensors, as those of one process do; all processes
+    have to call `save_model`.
 
     A step whose loss did not come from the head, whatever has been done to the model since, is an
     error, unless the model is patched with strict=False.

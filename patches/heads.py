@@ -152,7 +152,7 @@ def head_loss(
     operands = _operands(kind, head, hidden)
     if operands is None:
         forward = functools.partial(stock_forward, head)
-        return _loss_in_chunks(head, forward, _uncut(hidden, head), target, settings, trials)
+        return _loss_in_chunks(head, forward, _full_hidden(hidden, head), target, settings, trials)
     weight = operands.pairs[0][1]
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
     pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
@@ -219,7 +219,7 @@ def _loss_in_chunks(
     return HeadLoss(stats, vocab_size, dtype, MODULE, ran)
 
 
-def _uncut(hidden: Any, head: nn.Module) -> Tensor:
+def _full_hidden(hidden: Any, head: nn.Module) -> Tensor:
     """Hidden states for a head whose own forward runs on a few tokens at a time."""
     if is_sharded(hidden):
         raise UnsupportedModelError(

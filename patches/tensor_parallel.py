@@ -35,17 +35,17 @@ class HeadRows(NamedTuple):
 def head_rows(hidden: Any, weight: Any, bias: Any) -> HeadRows:
     """The rows of a head that are here.
 
-    Hidden states that were gathered for the head alone, out of a sequence that is cut over the same
-    ranks, take each rank's part of their gradient: the way back of the gathering sums and scatters
-    the parts, in one collective and in their dtype. Other ones take the sum.
+    Hidden states that were gathered for the head alone, out of a sequence that is sharded over the
+    same ranks, take each rank's part of their gradient: the way back of the gathering sums and
+    scatters the parts, in one collective and in their dtype. Other ones take the sum.
 
     Args:
-        hidden: [..., hidden], a plain tensor or a DTensor, cut or not.
+        hidden: [..., hidden], a plain tensor or a DTensor, sharded or not.
         weight: [vocab, hidden].
         bias: [vocab], or None.
 
     Raises:
-        UnsupportedModelError: If it is not cut into rows over one dimension of ranks.
+        UnsupportedModelError: If it is not sharded by rows over one dimension of ranks.
     """
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not _is_cut_into_rows(tensor):
@@ -115,7 +115,7 @@ def gathers_logits(forward: Any, head: Any) -> bool:
 
 
 def check_gathered(placements: Any) -> None:
-    """Refuses a plan that leaves the logits cut.
+    """Refuses a plan that leaves the logits sharded.
 
     Raises:
         UnsupportedModelError: If they are wanted in another layout than whole.

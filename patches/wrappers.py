@@ -36,7 +36,7 @@ class ComposedForward:
     """A forward on the instance, where a class swap does not reach, inside ours.
 
     accelerate's mixed precision puts the model's forward there, wrapped in autocast, before the
-    patch or after it, and transformers' tensor parallelism the head's, between a cut and a
+    patch or after it, and transformers' tensor parallelism the head's, between a split and a
     gathering. It stays in use, as `inner`, and comes back with `remove_patch`. Whatever it is, a
     pass with labels through it is held to a loss out of the head.
     """

@@ -62,7 +62,9 @@ def _is_bad(row: dict) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="parallel", description="Measure on every rank.")
     kinds = parser.add_subparsers(dest="what", required=True)
-    head = kinds.add_parser("head", help="a head cut along its vocabulary, beside its part alone")
+    head = kinds.add_parser(
+        "head", help="a head sharded along its vocabulary, beside one shard alone"
+    )
     head.add_argument("workload", choices=list(WORKLOADS))
     head.add_argument("--impl", default="auto", choices=get_args(Impl))
     head.add_argument("--budget-mib", type=_positive, help="workspace of a rank")

@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def shares(self) -> int:
-        """Parts that a rank's rows are cut into between steps (n)."""
+        """Shards that a rank's rows are split into between steps (n)."""
         return self.sharded * self.sequence if self.sharded > 1 else 1
 
 

@@ -1,4 +1,4 @@
-"""A head cut along the vocabulary beside the same rows alone: what the ranks' talk costs.
+"""A head sharded along the vocabulary beside the same rows alone: what communication costs.
 
 With R ranks and V words, "sharded" is the loss of V words on V/R rows a rank; "alone" is the loss
 of V/R words on the same rows, with no group. Both multiply the same matrices, so their ratio is

@@ -1,4 +1,4 @@
-"""A head that is cut along the vocabulary: one rank's rows, and what the ranks tell each other.
+"""A head that is sharded along the vocabulary: one rank's rows, and what the ranks exchange.
 
 Every rank holds some rows of the head, all hidden states and all labels. What a token's loss needs
 of the other ranks is two numbers: the logit of its label, which one rank has and the others add 0
@@ -11,8 +11,8 @@ loss, with the bytes that a rank sends a token:
     forward   sum of the labels' logits, 4; gather or sum of the exponents' sums, 4; for label
               smoothing, entropy and accuracy one collective more, 4 for each (the Triton engine
               4 more with entropy or accuracy); 4 to 12 where a loss is beyond what exponents hold
-    backward  sum of the hidden states' partial gradients, float32, 4 a column, unless whoever
-              gathered them scatters their gradient himself; weight and bias are local
+    backward  sum of the hidden states' partial gradients, float32, 4 a column, unless the
+              caller who gathered them scatters their gradient; weight and bias are local
 
 With chunks of tokens these come chunk by chunk. The reference engine gathers the logits instead.
 

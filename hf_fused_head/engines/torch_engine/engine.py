@@ -1,7 +1,7 @@
 """impl="torch": bounded memory on any device, by plain torch operations.
 
 Logits exist as one tile at a time, in float32 whatever the inputs, and both gradients accumulate in
-float32, so results do not depend on how the tokens were cut. Two orders of work (`schedule.plan`):
+float32, so results do not depend on the chunks of tokens. Two orders of work (`schedule.plan`):
 
     gradient_in_forward   chunks of tokens with whole rows: logits, statistics and gradient follow
                           each other in the same memory; 3 products
