@@ -59,9 +59,11 @@ def apply_patch(
     Every forward with labels must take its loss out of the head, whatever is done to the model
     later: another head is taken over; a forward that is put on the instance, on the class or
     on the head's class runs inside ours; a loss function that is replaced, also in a module
-    of transformers or torch, is refused. A forward that renames or makes its labels is fused where
-    they reach the forward of transformers below it, and refused where its loss comes from
-    elsewhere. In training a forward without labels warns once: a loss from its logits is not fused.
+    of transformers or torch, is refused, and so is an active `TorchFunctionMode` from outside of
+    torch, which may replace it. A forward that renames or makes its labels is fused where they
+    reach the forward of transformers below it, and refused where its loss comes from elsewhere. In
+    training a forward without labels warns once, as does a call of the head by itself: a loss from
+    its logits is not fused.
 
     Args:
         model: A transformers model, plain or inside PEFT, torch.compile, DDP or FSDP2.

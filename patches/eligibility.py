@@ -50,7 +50,7 @@ def static_obstacle(target: Any) -> str | None:
             "unset model.loss_function or leave the model stock"
         )
     return (
-        _replaced_loss_obstacle()
+        _replaced_loss_obstacle(loss_function)
         or wrappers.instance_forward_obstacle(target, name, True)
         or head_obstacle(head)
     )
@@ -74,14 +74,15 @@ def check_loss(loss_function: Any) -> None:
     """Makes sure that the fused loss stands for the one that the stock forward would compute.
 
     Raises:
-        UnsupportedModelError: If the loss function or a part of it was replaced.
+        UnsupportedModelError: If the loss function or a part of it was replaced, or may be by an
+            active `TorchFunctionMode`.
     """
     if not _is_known_loss(loss_function):
         raise UnsupportedModelError(
             "model.loss_function must be a cross-entropy of transformers, got "
             f"{_spelled(loss_function)}: unset it or leave the model stock (remove_patch)"
         )
-    obstacle = _replaced_loss_obstacle()
+    obstacle = _replaced_loss_obstacle(loss_function) or _mode_obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(f"this model cannot be fused: {obstacle}")
 
@@ -140,9 +141,19 @@ def _is_known_loss(loss_function: Any) -> bool:
     return origin.is_causal_loss(loss_function) or origin.is_masked_loss(loss_function)
 
 
-def _replaced_loss_obstacle() -> str | None:
-    replaced = origin.replaced_part_of_losses()
+def _replaced_loss_obstacle(loss_function: Any) -> str | None:
+    replaced = origin.replaced_part_of_losses(loss_function)
     return None if replaced is None else f"{replaced}: put it back or leave the model stock"
+
+
+def _mode_obstacle() -> str | None:
+    mode = origin.replacing_mode()
+    if mode is None:
+        return None
+    return (
+        f"the function mode {mode} is active, which sees neither the loss nor the product of a "
+        "fused head: leave it before the forward, or leave the model stock"
+    )
 
 
 def _spelled(loss_function: Any) -> str:

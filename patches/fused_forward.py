@@ -163,8 +163,10 @@ class FusedForward(LossForward):
     def _note(self, result: HeadLoss) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
         state = self.state
+        if not state.options.stats:
+            state.stats = None
         # Tensors of torch.export are no values.
-        if state.options.stats and not is_exporting():
+        elif not is_exporting():
             # The stock forward may add to the loss in place, so the statistics keep their own.
             loss = result.stats.loss.detach().clone()
             # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.

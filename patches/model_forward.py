@@ -111,7 +111,9 @@ def fused_head_class(base: type) -> type:
             return outside(self, *args, **kwargs)
         call = None if state is None else state.current()
         if call is None or call.head is not self:
-            return base.forward(self, *args, **kwargs)
+            output = base.forward(self, *args, **kwargs)
+            _check_lone_output(self, state, output)
+            return output
         return call.compute_loss(kind_of(base), base.forward, args, kwargs)
 
     # A head that is compiled alone: its loss comes from one operator, which gains nothing by that.
@@ -125,6 +127,20 @@ def fused_head_class(base: type) -> type:
         "_fused_maker": fused_head_class,
     }
     return class_swap.make_subclass(base, namespace)
+
+
+def _check_lone_output(head: nn.Module, state: PatchState | None, output: Any) -> None:
+    """Notices, in training, logits that are made outside of every forward of the model."""
+    # Inside a compiled head the forward of the model around it does not show.
+    if state is None or torch.compiler.is_compiling() or state.innermost() is not None:
+        return
+    if head.training and torch.is_grad_enabled() and _requires_grad(output):
+        _note_unfused(
+            state,
+            f"the head ({type(head).__name__}) was called in training outside of its model's "
+            "forward, so a loss from its logits is not fused: call the model itself, not its "
+            "head or the forward of its class, with `labels`",
+        )
 
 
 def _run_head(

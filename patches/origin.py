@@ -10,11 +10,21 @@ import functools
 from typing import Any
 
 import torch
+from torch import overrides
 from transformers.loss import loss_utils
 
 _LOSS_UTILS = "transformers.loss.loss_utils"
 # They replace `torch.nn.functional.linear` for good by one that computes the same.
 _SAME_LINEAR = ("deepspeed",)
+# Of the losses of torch and transformers, as they define them.
+_DEFAULTS = {
+    "ignore_index": -100,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+    **dict.fromkeys(("weight", "size_average", "reduce", "num_items_in_batch", "shift_labels")),
+}
+# Their function modes do not change what a loss or a linear layer computes.
+_PLAIN_MODES = ("torch", "triton")
 
 
 # Evaluated while the compiler traces, which guards on the function that it was given.
@@ -61,15 +71,42 @@ def is_masked_loss(loss_function: Any) -> bool:
     return is_own(loss_function, _LOSS_UTILS, "ForMaskedLMLoss")
 
 
-def replaced_part_of_losses() -> str | None:
-    """What has taken the place of a function that both losses call; None for nothing."""
+def replaced_part_of_losses(loss_function: Any) -> str | None:
+    """What was changed in a loss of transformers and in what it calls; None for nothing.
+
+    Args:
+        loss_function: One of the two losses above.
+    """
     functional = loss_utils.nn.functional  # pyright: ignore[reportPrivateImportUsage]
+    fixed_cross_entropy, cross_entropy = loss_utils.fixed_cross_entropy, functional.cross_entropy
     for module, name, function in (
-        (_LOSS_UTILS, "fixed_cross_entropy", loss_utils.fixed_cross_entropy),
-        ("torch.nn.functional", "cross_entropy", functional.cross_entropy),
+        (_LOSS_UTILS, "fixed_cross_entropy", fixed_cross_entropy),
+        ("torch.nn.functional", "cross_entropy", cross_entropy),
     ):
         if not is_own(function, module, name):
             return f"{module}.{name} was replaced by {name_of(function)}"
+    for function in (loss_function, fixed_cross_entropy, cross_entropy):
+        if not _has_own_defaults(function):
+            return f"{name_of(function)} was given other defaults"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_own_defaults(function: Any) -> bool:
+    """Whether a loss has its own defaults; other ones leave its code as it is."""
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    # The last positional parameters have defaults.
+    given = dict(zip(reversed(positional), reversed(defaults), strict=False))
+    given.update(function.__kwdefaults__ or {})
+    return all(_DEFAULTS.get(name, value) == value for name, value in given.items())
+
+
+def replacing_mode() -> str | None:
+    """The active function mode that may replace the loss or the head; None for none."""
+    for mode in overrides._get_current_function_mode_stack():
+        if type(mode).__module__.partition(".")[0] not in _PLAIN_MODES:
+            return type(mode).__name__
     return None
 
 

@@ -182,10 +182,12 @@ def opened_outside(running: dict[int, RunningForward]) -> bool:
 
 @contextlib.contextmanager
 def suspended(running: dict[int, RunningForward]) -> Iterator[None]:
-    """Runs code, such as the stock forward of a head, as if no forward were running."""
+    """Runs code, such as the stock forward of a head, in a forward of its own without labels."""
     keys = (forward_key(), _COMPILED)
     saved = {key: running.pop(key) for key in keys if key in running}
+    running[keys[0]] = RunningForward("head", None)
     try:
         yield
     finally:
+        del running[keys[0]]
         running.update(saved)

@@ -164,6 +164,7 @@ class _Found:
         self.versions = buffer_versions(head)
         self.buffers = {place.path: _Value.of(place) for place in _buffers(head)}
         self.attributes = _attributes(head)
+        self.held = {place.path: place.value for place in _places(head, "")}
         self.generators = [
             (value, value.get_state())
             for module in head.modules()
@@ -191,6 +192,11 @@ class _Found:
         """
         for value in self.attributes:
             value.restore()
+        for place in [place for place in _places(self.head, "") if _may_be_state(place.value)]:
+            if place.path not in self.held:
+                del place.holder[place.name]
+            else:
+                place.holder[place.name] = self.held[place.path]
 
 
 def _places(head: nn.Module, holder: str) -> Iterator[_Place]:

@@ -34,6 +34,21 @@ class Averaged(nn.Module):
         return hidden / self.average
 
 
+class Begun(nn.Module):
+    """Keeps its average in an attribute that is empty, or missing, before its first forward."""
+
+    def __init__(self, *empty: None) -> None:
+        super().__init__()
+        if empty:
+            self.average = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        size = hidden.detach().abs().mean().item()
+        average = getattr(self, "average", None)
+        self.average = size if average is None else 0.9 * average + 0.1 * size
+        return hidden / self.average
+
+
 class Lazy(nn.Module):
     """Keeps an average from its first forward on."""
 
@@ -100,6 +115,8 @@ STATEFUL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (spectral, r"0\.parametrizations\S+` of its _SpectralNorm"),
     "tensor": (lambda: Averaged(torch.ones(())), r"0\.average` of its Averaged"),
     "number": (lambda: Averaged(1.0), r"0\.average` of its Averaged"),
+    "empty number": (lambda: Begun(None), r"0\.average` of its Begun"),
+    "missing number": (Begun, r"0\.average` of its Begun"),
     "lazy": (Lazy, r"0\.average` of its Lazy"),
     "counter": (Counting, "other logits of the same token"),
     "generator": (Noisy, "other logits of the same token"),

@@ -309,6 +309,9 @@ def test_last_stats_are_those_of_the_logits() -> None:
     assert int(stats.correct.sum()) == int(accuracy)
     entropy = torch.distributions.Categorical(logits=logits.double()).entropy().sum()
     assert stats.entropy.sum().item() == pytest.approx(entropy.item(), rel=1e-5)
+    # They are not those of an earlier forward once nothing is asked for.
+    apply_patch(model)(**inputs)
+    assert last_stats(model) is None
 
 
 def trainer(model: nn.Module, folder: Path, **options: object) -> Trainer:

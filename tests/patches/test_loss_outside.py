@@ -378,6 +378,33 @@ def test_a_training_forward_without_labels_warns_once_a_model(strict: bool) -> N
         assert patch_report(model).last_loss == "fused"
 
 
+def class_forward(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return Llama.forward(model, **inputs).loss
+
+
+def head_alone(model: Any, inputs: dict[str, Any]) -> Tensor:
+    hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+    return shifted_loss(model.lm_head(hidden), inputs["labels"])
+
+
+@pytest.mark.parametrize("loss_of", [class_forward, head_alone])
+def test_a_head_that_trains_outside_the_forward_of_its_model_warns_once(
+    loss_of: Callable[[Any, dict[str, Any]], Tensor],
+) -> None:
+    stock = build("llama").train()
+    model, inputs = apply_patch(copy.deepcopy(stock)), inputs_for("labels")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model, inputs)
+    with pytest.warns(UserWarning) as caught:
+        losses = [loss_of(model, inputs) for _ in range(3)]
+    assert ["outside of its model's forward" in str(text.message) for text in caught] == [True]
+    assert torch.equal(losses[-1], loss_of(stock, inputs))
+    assert patch_report(model).last_loss.startswith("not fused: the head (Linear)")
+    output = model(**inputs)
+    assert output.logits.requires_grad and patch_report(model).last_loss == "fused"
+
+
 def loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     return 2 * shifted_loss(outputs.logits, labels)
 

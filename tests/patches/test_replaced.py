@@ -78,6 +78,14 @@ def compiled_into_the_module(model: Any, put: pytest.MonkeyPatch) -> None:
     exec(source, vars(loss_utils))
 
 
+def defaults_of_cross_entropy(model: Any, put: pytest.MonkeyPatch) -> None:
+    put.setattr(nn.functional.cross_entropy, "__defaults__", (None, None, -100, None, "mean", 0.5))
+
+
+def defaults_of_the_loss(model: Any, put: pytest.MonkeyPatch) -> None:
+    put.setattr(loss_utils.ForCausalLMLoss, "__defaults__", (7, -100, None))
+
+
 def functional(model: Any, put: pytest.MonkeyPatch) -> None:
     put.setattr(nn.functional, "cross_entropy", doubled(nn.functional.cross_entropy))
 
@@ -130,6 +138,8 @@ LOSSES: list[Put] = [
     wrapped_cross_entropy,
     code_of_cross_entropy,
     compiled_into_the_module,
+    defaults_of_cross_entropy,
+    defaults_of_the_loss,
     functional,
     namespace_of_the_module,
     mapping,
