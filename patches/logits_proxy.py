@@ -345,7 +345,12 @@ def same_facts(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     if (one[1] is None) != (other[1] is None):
         return False
     cap = (0.0, 0.0) if one[1] is None or other[1] is None else (one[1], other[1])
-    return math.isclose(one[0], other[0], rel_tol=1e-12) and math.isclose(*cap, rel_tol=1e-12)
+    return _close(one[0], other[0]) and _close(*cap)
+
+
+def _close(one: float, other: float) -> bool:
+    # Not `math.isclose`, which takes no number that torch.compile(dynamic=True) leaves open.
+    return abs(one - other) <= 1e-12 * max(abs(one), abs(other))
 
 
 def _keeps_all(index: Any, shape: torch.Size) -> bool:

@@ -109,6 +109,14 @@ def test_ten_lengths_take_two_compilations(
     assert counter.frame_count == 2
 
 
+def test_dynamic_shapes_from_the_start_take_one_graph(device: str) -> None:
+    """The scale is then an open number in the graph."""
+    stock = tiny(device)
+    fused = apply_patch(copy.deepcopy(stock), stats=("accuracy",))
+    model = torch.compile(fused, fullgraph=True, dynamic=True)
+    assert_compiled_trains_like(model, fused, stock, (9, 12), backend="inductor")
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_statistics_leave_the_loss_its_gradient(impl: str, backend: str, device: str) -> None:
