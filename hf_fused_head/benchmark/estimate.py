@@ -16,7 +16,7 @@ from hf_fused_head.benchmark.report import plain_table
 from hf_fused_head.benchmark.workloads import WORKLOADS
 from hf_fused_head.engines.select import HOW, Choice, product_on, resolve_impl
 from hf_fused_head.options import FLOAT_DTYPES
-from hf_fused_head.planning.cards import Card, card_named, card_of_type
+from hf_fused_head.planning.cards import Card, card_named, card_of_type, too_old
 from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB, Problem, budget_bytes
 from hf_fused_head.planning.schedule import schedules
 
@@ -217,6 +217,13 @@ def _choice(impl: str, card: Card, dtype: torch.dtype, known: bool) -> Choice:
     """What `impl` means on a card; one that was named, or is not here, cannot be asked itself."""
     here = not known and (card.device_type != "cuda" or torch.cuda.is_available())
     if not here and impl in ("auto", "triton") and dtype != torch.float64:
+        obstacle = too_old(card, dtype)
+        if obstacle is not None and impl == "triton":
+            raise NotImplementedError(
+                f"`impl` must support the card, got 'triton': {obstacle}; use impl='auto'"
+            )
+        if obstacle is not None:
+            return Choice("torch", f"the Triton kernels cannot be used: {obstacle}")
         product = product_on(card, dtype)
         what = f"{card.name}, which need not be here: {HOW[product]}"
         return Choice("triton", f"planned for {what}", product)

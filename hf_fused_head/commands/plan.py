@@ -56,6 +56,10 @@ def plan(
     device_type = device or ("cuda" if card else environment.default_device().type)
     if device_type not in ("cpu", "cuda"):
         raise common.UserError(f"`--device` must be cpu or cuda, got {device_type!r}")
+    if card is not None and device_type != "cuda":
+        raise common.UserError(
+            f"`--device` must be cuda or left out with --card {card!r}, got {device_type!r}"
+        )
     layout = scaling.Layout(tp, fsdp, sp)
     try:
         shape = estimate.read_shape(model, None if dtype is None else common.dtype_named(dtype))

@@ -13,6 +13,9 @@ import torch
 
 MIB = 2**20
 
+# Compute capabilities for which Triton compiles and, with bfloat16, whose arithmetic has it.
+OLDEST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0), torch.float32: (7, 5)}
+
 
 @dataclass(frozen=True)
 class Card:
@@ -116,6 +119,19 @@ _NAMED = {
     "AMD Instinct MI300X": ((0, 0), 304),
     "AMD Radeon RX 7900 XTX": ((0, 0), 96),
 }
+
+
+def too_old(card: Card, dtype: torch.dtype) -> str | None:
+    """Why no kernel of the Triton engine runs on a card; None if they do.
+
+    Args:
+        card: A GPU; one without a compute capability counts as new.
+        dtype: Of the operands, one of `OLDEST_CAPABILITY`.
+    """
+    if card.capability == (0, 0) or card.capability >= OLDEST_CAPABILITY[dtype]:
+        return None
+    needed, found = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY[dtype], card.capability))
+    return f"with {dtype} they need compute capability {needed} or newer, {card.name} has {found}"
 
 
 def card_of_type(device_type: str) -> Card:

@@ -136,6 +136,21 @@ def test_plan_for_a_card_that_is_not_here(card: str, impl: str, tmp_path: Path) 
 def test_plan_names_the_cards_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "smoke", "--tokens", 4, "--card", "Voodoo") == 2
     assert "`--card` must be one of NVIDIA T4, " in capsys.readouterr().err
+    assert run("plan", "smoke", "--tokens", 4, "--card", "a100", "--device", "cpu") == 2
+    assert "`--device` must be cuda or left out with --card" in capsys.readouterr().err
+
+
+def test_plan_knows_what_a_card_is_too_old_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    for dtype, impl in (("bfloat16", "torch"), ("float16", "triton:tile")):
+        options = ("--tokens", 64, "--card", "T4", "--dtype", dtype, "--json", file, "--force")
+        assert run("plan", "smoke", *options) == 0
+        assert json.loads(file.read_text())["impl"] == impl
+    options = ("--tokens", 64, "--card", "T4", "--dtype", "bfloat16", "--impl", "triton")
+    assert run("plan", "smoke", *options) == 2
+    assert "compute capability 8.0 or newer, NVIDIA T4 has 7.5" in capsys.readouterr().err
 
 
 def test_plan_of_one_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

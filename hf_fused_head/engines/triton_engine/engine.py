@@ -41,11 +41,9 @@ from hf_fused_head.kernels.tuning import (
     tile_config,
 )
 from hf_fused_head.objective import DTYPES, RowStats, RowWeights, Upstream, Wanted
+from hf_fused_head.planning.cards import OLDEST_CAPABILITY, card_of, too_old
 from hf_fused_head.planning.schedule import Schedule
 from hf_fused_head.planning.workspace import TRITON_SUMS_BYTES
-
-# Compute capabilities that Triton compiles for and, with bfloat16, whose arithmetic has it.
-_OLDEST = {torch.float16: (7, 5), torch.bfloat16: (8, 0), torch.float32: (7, 5)}
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
@@ -55,7 +53,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
         device_type: "cuda", or "cpu" for Triton's interpreter (`TRITON_INTERPRET=1`).
         dtype: The dtype of the hidden states and the head.
     """
-    if dtype not in _OLDEST:
+    if dtype not in OLDEST_CAPABILITY:
         return f"they take float16, bfloat16 and float32, not {dtype}"
     if device_type == "cpu":
         return None if interpreted() else "on the CPU they need TRITON_INTERPRET=1"
@@ -65,11 +63,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
         return "TRITON_INTERPRET=1 is set, which takes tensors on the CPU"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < _OLDEST[dtype]:
-        needed = ".".join(map(str, _OLDEST[dtype]))
-        return f"with {dtype} they need compute capability {needed} or newer, got {capability}"
-    return None
+    return too_old(card_of(torch.device("cuda")), dtype)
 
 
 def slower_reason(dtype: torch.dtype) -> str | None:
