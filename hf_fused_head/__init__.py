@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING
 from hf_fused_head.version import __version__
 
 if TYPE_CHECKING:
+    from hf_fused_head.divergence.functional import (
+        KLStats,
+        linear_kl_div,
+        linear_kl_div_with_stats,
+    )
+    from hf_fused_head.divergence.sparse import sparse_kl_div
     from hf_fused_head.functional import (
         LossStats,
         linear_cross_entropy,
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 # `hf-fused-head --help` starts at once.
 _LAZY = {
     "FusedHeadTrainer": "hf_fused_head.trainer",
+    "KLStats": "hf_fused_head.divergence.functional",
     "LinearCrossEntropyLoss": "hf_fused_head.nn",
     "LossStats": "hf_fused_head.functional",
     "UnsupportedModelError": "hf_fused_head.patches",
@@ -36,14 +43,18 @@ _LAZY = {
     "last_stats": "hf_fused_head.patches",
     "linear_cross_entropy": "hf_fused_head.functional",
     "linear_cross_entropy_with_stats": "hf_fused_head.functional",
+    "linear_kl_div": "hf_fused_head.divergence.functional",
+    "linear_kl_div_with_stats": "hf_fused_head.divergence.functional",
     "patch_report": "hf_fused_head.patches",
     "patched": "hf_fused_head.patches",
     "remove_patch": "hf_fused_head.patches",
+    "sparse_kl_div": "hf_fused_head.divergence.sparse",
     "supported_models": "hf_fused_head.patches",
 }
 
 __all__ = [
     "FusedHeadTrainer",
+    "KLStats",
     "LinearCrossEntropyLoss",
     "LossStats",
     "UnsupportedModelError",
@@ -52,9 +63,12 @@ __all__ = [
     "last_stats",
     "linear_cross_entropy",
     "linear_cross_entropy_with_stats",
+    "linear_kl_div",
+    "linear_kl_div_with_stats",
     "patch_report",
     "patched",
     "remove_patch",
+    "sparse_kl_div",
     "supported_models",
 ]
 

@@ -35,9 +35,10 @@ _NUM_STATS, _NUM_UPSTREAM = len(RowStats._fields), len(Upstream._fields)
 def refuse_second_derivative() -> NoReturn:
     """Raises: the engines have first derivatives only."""
     raise NotImplementedError(
-        "the fused cross-entropy must be differentiated once, got a second derivative (a gradient "
-        "penalty, a Hessian, torch.autograd.functional.jvp of losses per token): use F.linear and "
-        "F.cross_entropy where one is needed; torch.func.jvp takes losses per token"
+        "the fused loss must be differentiated once, got a second derivative (a gradient penalty, "
+        "a Hessian, torch.autograd.functional.jvp of losses per token): use F.linear and "
+        "F.cross_entropy or F.kl_div where one is needed; torch.func.jvp takes losses of "
+        "linear_cross_entropy per token"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head import ops
+from hf_fused_head.autocast import as_linear_takes
 from hf_fused_head.autograd import (
     FinishedLoss,
     RowLosses,
@@ -218,7 +219,8 @@ def operand_cross_entropy(
     if not operands:
         raise ValueError("`operands` must hold at least one pair, got (): pass (input, weight)")
     group = group_name(process_group)
-    pairs, bias = _autocast(list(operands), linear_bias)
+    pairs = [(as_linear_takes(hidden), as_linear_takes(weight)) for hidden, weight in operands]
+    bias = as_linear_takes(linear_bias)
     num_items, memory_budget_mib = item_count(num_items), plain_number(memory_budget_mib)
     # The one other dtype of class ids that torch takes.
     target = target.long() if target.dtype == torch.uint8 else target
@@ -318,21 +320,3 @@ def _options(
     except (TypeError, ValueError, NotImplementedError):
         report_failure(group_name(process_group), linear_weight.device)
         raise
-
-
-def _autocast(
-    pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-    """The operands as `F.linear` would see them under the caller's autocast."""
-    device_type = pairs[0][0].device.type
-    # The meta device has no autocast; torch 2.9's compiler cannot ask `is_autocast_available`.
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return pairs, bias
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    cast_pairs = [(cast(hidden), cast(weight)) for hidden, weight in pairs]
-    return cast_pairs, None if bias is None else cast(bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,11 +48,7 @@ class LossOptions:
                 plain = DEFAULT_IGNORE_INDEX
             if plain is not value:
                 object.__setattr__(self, name, plain)
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(
-                f"`reduction` must be one of {get_args(Reduction)}, got {self.reduction!r}: "
-                "use 'none' for one loss per token"
-            )
+        _check_reduction(self.reduction)
         if not _is_int(self.ignore_index):
             raise TypeError(
                 f"`ignore_index` must be an int, got {self.ignore_index!r}: "
@@ -68,6 +64,60 @@ class LossOptions:
                     f"`softcap` must be positive or None, got {self.softcap!r}: "
                     "pass None for logits without a cap"
                 )
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """What a divergence of two heads is, apart from its tensors; checks itself when it is made.
+
+    Attributes:
+        temperature: What both heads' logits are divided by.
+        beta: 0 for KL(teacher || student), 1 for KL(student || teacher), between them from the
+            mixture.
+        reduction: "mean", "sum" or "none" (one divergence per token).
+        student_logit_scale: Factor on the student's logits.
+        student_softcap: Cap of the student's logits; None for no cap.
+        teacher_logit_scale: Factor on the teacher's logits.
+        teacher_softcap: Cap of the teacher's logits; None for no cap.
+    """
+
+    temperature: float = 1.0
+    beta: float = 0.0
+    reduction: Reduction = "mean"
+    student_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            plain = plain_number(value)
+            if plain is not value:
+                object.__setattr__(self, field.name, plain)
+        _check_reduction(self.reduction)
+        _check_positive("temperature", self.temperature, "1.0 leaves the logits as they are")
+        _check_number("beta", self.beta, "lie in [0, 1]", 0.0, 1.0)
+        for head in ("student", "teacher"):
+            scale, softcap = (
+                getattr(self, f"{head}_{name}") for name in ("logit_scale", "softcap")
+            )
+            _check_number(f"{head}_logit_scale", scale, "be finite", None, None)
+            if softcap is not None:
+                _check_positive(f"{head}_softcap", softcap, "pass None for logits without a cap")
+
+    def student(self) -> tuple[float, float | None]:
+        """The student's scale and softcap, the temperature within."""
+        return _cooled(self.student_logit_scale, self.student_softcap, self.temperature)
+
+    def teacher(self) -> tuple[float, float | None]:
+        """The teacher's scale and softcap, the temperature within."""
+        return _cooled(self.teacher_logit_scale, self.teacher_softcap, self.temperature)
+
+
+def _cooled(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+    """Of logits divided by the temperature: `cap tanh(scale x / cap) / T` has both divided by T."""
+    return scale / temperature, None if softcap is None else softcap / temperature
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,6 +139,20 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, (int, float, Tensor)) or getattr(value, "size", None) != 1:
         return value
     return value.item()
+
+
+def _check_reduction(reduction: object) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}: "
+            "use 'none' for one loss per token"
+        )
+
+
+def _check_positive(name: str, value: object, remedy: str) -> None:
+    _check_number(name, value, "be positive and finite", 0.0, None)
+    if value == 0:
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}: {remedy}")
 
 
 def _is_int(value: object) -> bool:

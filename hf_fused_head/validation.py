@@ -46,13 +46,8 @@ def check_arguments(
             "`weight` must not require grad, got one that is differentiated: class weights are "
             "constants, pass weight.detach()"
         )
-    _check_num_items(num_items)
-    is_number = isinstance(memory_budget_mib, (int, float)) and memory_budget_mib > 0
-    if memory_budget_mib is not None and not is_number:
-        raise ValueError(
-            f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
-            f"None means {DEFAULT_MEMORY_BUDGET_MIB}"
-        )
+    check_num_items(num_items)
+    check_memory_budget(memory_budget_mib)
     unknown = [name for name in stats if name not in STAT_NAMES]
     if unknown:
         raise ValueError(
@@ -129,7 +124,18 @@ def _check_same(name: str, tensor: Tensor | None, first: Tensor) -> None:
         raise ValueError(f"`{name}` must be on {first.device}, got {tensor.device}: move it there")
 
 
-def _check_num_items(num_items: int | Tensor | None) -> None:
+def check_memory_budget(memory_budget_mib: float | None) -> None:
+    """The budget is a positive number or None."""
+    is_number = isinstance(memory_budget_mib, (int, float)) and memory_budget_mib > 0
+    if memory_budget_mib is not None and not is_number:
+        raise ValueError(
+            f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
+            f"None means {DEFAULT_MEMORY_BUDGET_MIB}"
+        )
+
+
+def check_num_items(num_items: int | Tensor | None) -> None:
+    """A number of items is at least 0: a number or a tensor of one element."""
     if num_items is None:
         return
     if isinstance(num_items, Tensor):

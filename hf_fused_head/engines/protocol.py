@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_fused_head.distributed.vocab_parallel import WHOLE, VocabShard
@@ -49,6 +50,33 @@ class Needs(NamedTuple):
     def any(self) -> bool:
         """Whether there is any gradient to make."""
         return self.bias or any(self.inputs) or any(self.weights)
+
+
+class HeadPair(NamedTuple):
+    """Two heads over one vocabulary, at the tokens that count.
+
+    The temperature is in their scales and softcaps. `dtype` is that of logits and sums: float64 if
+    either head has it, else float32.
+    """
+
+    student: Operands
+    teacher: Operands
+    beta: float
+    dtype: torch.dtype
+
+
+class DivergenceNeeds(NamedTuple):
+    """What is made beside the divergence of every token."""
+
+    student: bool
+    weight: bool
+    bias: bool
+    entropy: bool = False
+
+    @property
+    def gradients(self) -> Needs:
+        """As for a head of one pair of operands."""
+        return Needs([self.student], [self.weight], self.bias)
 
 
 class Speculation(NamedTuple):
@@ -137,5 +165,33 @@ class Engine(Protocol):
             ignore_index: The label of rows that do not count.
             vocab_size: Labels that count lie in `[0, vocab_size)`.
             raise_for_label: Called when a label is out of range; raises the error that names it.
+        """
+        ...
+
+
+class DivergenceEngine(Protocol):
+    """One implementation of the divergence of two heads, as a module with this function."""
+
+    def divergence(
+        self,
+        heads: HeadPair,
+        row_weight: Tensor,
+        needs: DivergenceNeeds,
+        schedule: Schedule,
+        keep_half: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The divergence of every token, and the gradient of its weighted sum.
+
+        Args:
+            heads: Both heads.
+            row_weight: [T], the factor of each token in the sum, in the dtype of `heads`; [0]
+                without gradients.
+            needs: Which gradients, and whether the entropy.
+            schedule: Chunks of tokens, windows of the vocabulary.
+            keep_half: Leave float16 gradients in float32, for a loss scale that arrives later.
+
+        Returns:
+            The divergence, [T]; the student's entropy, [T] or [0]; the gradients of the student's
+            hidden states, weight and bias, [0] where not needed.
         """
         ...

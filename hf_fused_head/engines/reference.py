@@ -28,7 +28,7 @@ def row_stats(
     speculation: Speculation | None = None,
 ) -> RowStats:
     """See `Engine.row_stats`."""
-    logits, _ = _logits(operands)  # [T, V], of all ranks
+    logits, _ = full_logits(operands)  # [T, V], of all ranks
     labels = operands.shard.classes_of(labels, operands.local_vocab_size)
     target_logit = logits.gather(1, labels[:, None])[:, 0]
     top = logits.amax(dim=1)
@@ -68,7 +68,7 @@ def stats_and_grads(
     """See `Engine.stats_and_grads`."""
     stats = row_stats(operands, labels, wanted._replace(smooth=weights.smooth is not None))
     dlogits = _dlogits(operands, labels, stats, weights.upstream(stats.lse))
-    return stats, _products(operands, dlogits, needs, keep_half=True)
+    return stats, head_gradients(operands, dlogits, needs, keep_half=True)
 
 
 def row_grads(
@@ -81,10 +81,10 @@ def row_grads(
 ) -> list[Tensor]:
     """See `Engine.row_grads`."""
     dlogits = _dlogits(operands, labels, stats, upstream)
-    return _products(operands, dlogits, needs, keep_half=False)
+    return head_gradients(operands, dlogits, needs, keep_half=False)
 
 
-def _logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
+def full_logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """The logits of all ranks, [T, V], and the softcap's derivative there."""
     dtype = accumulation_dtype(operands.inputs[0].dtype)
     pairs = zip(operands.inputs, operands.weights, strict=True)
@@ -110,7 +110,7 @@ def _dlogits(
     """The gradient of the row objective with respect to `X W^T + bias`, [T, local V]."""
     g_nll, g_lse, g_smooth, g_entropy = upstream
     labels = operands.shard.classes_of(labels, operands.local_vocab_size)
-    logits, slope = _logits(operands)
+    logits, slope = full_logits(operands)
     log_probs = logits.log_softmax(dim=1)
     probs = logits.softmax(dim=1)
     class_weight = operands.class_weight
@@ -136,7 +136,9 @@ def _dlogits(
     return (dlogits * operands.logit_scale)[:, first : first + operands.local_vocab_size]
 
 
-def _products(operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool) -> list[Tensor]:
+def head_gradients(
+    operands: Operands, dlogits: Tensor, needs: Needs, keep_half: bool
+) -> list[Tensor]:
     """The gradients of inputs, weights and bias, in that order; empty where not needed."""
     dtype = dlogits.dtype
     inputs, weights, bias = operands.inputs, operands.weights, operands.bias

@@ -15,7 +15,7 @@ PACKAGE = "hf_fused_head"
 # For each part of the package, the parts that it may import. A part is a module or a folder; the
 # longest name that fits a module is its part.
 LEAVES = {
-    *("version", "options", "records", "transforms"),
+    *("version", "options", "records", "transforms", "autocast"),
     *("distributed.dtensor", "distributed.vocab_parallel"),
 }
 PLANNING = {"planning"}
@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "records": set(),
     "transforms": set(),
+    "autocast": set(),
+    "kl_objective": set(),
     "distributed.dtensor": set(),
     "distributed.vocab_parallel": set(),
     "distributed.sharded_checkpoint": {"distributed.dtensor"},
@@ -34,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"objective"},
     "engines.protocol": {"objective", "planning", "distributed.vocab_parallel"},
     "engines.reference": ENGINE,
+    "engines.reference_divergence": ENGINE | {"engines.reference", "kl_objective"},
     "engines.torch_engine": ENGINE,
     "engines.triton_engine": ENGINE | {"kernels"},
     "engines.select": {
@@ -47,6 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "functional": LEAVES
     | PLANNING
     | {"ops", "flops", "autograd", "objective", "engines.protocol", "validation"},
+    "divergence": LEAVES
+    | PLANNING
+    | {"autograd", "kl_objective", "run_record", "validation", "engines.protocol"}
+    | {"engines.select", "engines.reference_divergence", "engines.torch_engine"},
     "nn": {"functional", "options"},
     "patches": LEAVES | PLANNING | {"functional", "nn", "engines.select", "run_record"},
     "trainer": LEAVES | {"functional", "patches", "distributed.sharded_checkpoint"},

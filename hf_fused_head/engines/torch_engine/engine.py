@@ -11,12 +11,16 @@ float32, so results do not depend on the chunks of tokens. Two orders of work (`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from hf_fused_head.engines.protocol import Needs, Operands, Speculation
+from hf_fused_head.engines.torch_engine.cuts import (
+    blocks_of,
+    scratch_beside,
+    slices,
+    tile_of,
+)
 from hf_fused_head.engines.torch_engine.products import Gradients, Products
 from hf_fused_head.engines.torch_engine.statistics import Scratch
 from hf_fused_head.engines.torch_engine.tiles import (
@@ -25,7 +29,6 @@ from hf_fused_head.engines.torch_engine.tiles import (
     finish_gradient,
 )
 from hf_fused_head.objective import RowStats, RowWeights, Upstream, Wanted, row_gradient
-from hf_fused_head.planning.cards import card_of_type
 from hf_fused_head.planning.schedule import Schedule
 
 
@@ -45,14 +48,14 @@ def row_stats(
     local_vocab_size = operands.local_vocab_size
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * window)
-    scratch = _scratch(memory, window)
+    scratch = scratch_beside(memory, window)
     parts = []
-    for rows in _slices(labels.shape[0], chunk):
+    for rows in slices(labels.shape[0], chunk):
         statistics = RowStatistics(operands, labels[rows], memory, wanted)
-        for columns in _slices(local_vocab_size, window):
-            tile = _tile(memory, rows, columns)
+        for columns in slices(local_vocab_size, window):
+            tile = tile_of(memory, rows, columns)
             products.logits(rows, columns, tile)
-            for part in _blocks(tile, window):
+            for part in blocks_of(tile, window):
                 statistics.update(tile[part], columns.start, scratch, part)
         parts.append(statistics.finish()[0])
     return _joined(parts)
@@ -105,15 +108,15 @@ def _gradient_in_forward(
     local_vocab_size = operands.local_vocab_size
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * local_vocab_size)
-    scratch = _scratch(memory, local_vocab_size)
+    scratch = scratch_beside(memory, local_vocab_size)
     weights = RowWeights(*grads.into_range(operands, *weights))
-    windows = list(_slices(local_vocab_size, window))
+    windows = list(slices(local_vocab_size, window))
     parts = []
-    for rows in _slices(labels.shape[0], chunk):
-        tile = _tile(memory, rows, slice(0, local_vocab_size))
+    for rows in slices(labels.shape[0], chunk):
+        tile = tile_of(memory, rows, slice(0, local_vocab_size))
         for columns in windows:
             products.logits(rows, columns, tile[:, columns])
-        for part in _blocks(tile, operands.shard.largest(local_vocab_size)):
+        for part in blocks_of(tile, operands.shard.largest(local_vocab_size)):
             here = slice(rows.start + part.start, rows.start + part.stop)
             statistics = RowStatistics(operands, labels[here], memory, wanted)
             exps = statistics.update(tile[part], 0, scratch, slice(None))
@@ -150,15 +153,15 @@ def _recompute(
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
     products = Products(operands, chunk, window)
     memory = products.empty(chunk * window)
-    scratch = _scratch(memory, window)
+    scratch = scratch_beside(memory, window)
     upstream = Upstream(*grads.into_range(operands, *upstream))
     gradient = row_gradient(stats, upstream, operands.vocab_size, operands.class_weight)
     gradient = gradient.scaled(operands.logit_scale)
-    for columns in _slices(operands.local_vocab_size, window):
-        for rows in _slices(labels.shape[0], chunk):
-            tile = _tile(memory, rows, columns)
+    for columns in slices(operands.local_vocab_size, window):
+        for rows in slices(labels.shape[0], chunk):
+            tile = tile_of(memory, rows, columns)
             products.logits(rows, columns, tile)
-            for part in _blocks(tile, window):
+            for part in blocks_of(tile, window):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 block, entropy = tile[part], stats.entropy[here]
                 exps = exponentials(block, stats.lse[here], operands.softcap, scratch)
@@ -169,30 +172,6 @@ def _recompute(
             grads.add(products, rows, columns, tile)
         grads.settle_weight(columns)
     grads.settle_rest()
-
-
-def _slices(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
-
-
-def _tile(memory: Tensor, rows: slice, columns: slice) -> Tensor:
-    """The start of `memory` as a contiguous tile."""
-    shape = (rows.stop - rows.start, columns.stop - columns.start)
-    return memory[: shape[0] * shape[1]].view(shape)
-
-
-def _blocks(tile: Tensor, columns: int) -> Iterator[slice]:
-    """Rows of a tile that are worked on together, as many as of one with so many columns."""
-    row_bytes = columns * tile.element_size()
-    size = card_of_type(tile.device.type).block_bytes
-    return _slices(tile.shape[0], max(1, size // row_bytes))
-
-
-def _scratch(memory: Tensor, columns: int) -> Scratch:
-    size = card_of_type(memory.device.type).block_bytes
-    rows = max(1, size // (columns * memory.element_size()))
-    return Scratch(min(memory.numel(), rows * columns), memory)
 
 
 def _joined(parts: list[RowStats]) -> RowStats:

@@ -21,14 +21,20 @@ _HALF_PEAK = 64.0
 
 
 class Products:
-    """The products of a head with tiles of its logits, in the precision of the statistics."""
+    """The products of a head with tiles of its logits, in the precision of the statistics.
 
-    def __init__(self, operands: Operands, chunk: int, window: int) -> None:
+    That is `accumulation_dtype` of the operands, unless a wider one is given.
+    """
+
+    def __init__(
+        self, operands: Operands, chunk: int, window: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.operands = operands
         first = operands.inputs[0]
-        self.dtype = accumulation_dtype(first.dtype)
+        self.dtype = accumulation_dtype(first.dtype) if dtype is None else dtype
         self.device = first.device
-        self.native = first.dtype == self.dtype or multiplies_into_float32(first)
+        into_float32 = self.dtype == torch.float32 and multiplies_into_float32(first)
+        self.native = first.dtype == self.dtype or into_float32
         bias = operands.bias
         self.bias = None if bias is None else bias.to(self.dtype)
         # Where operands are converted: memory for a piece of each, and which piece it holds.
@@ -113,10 +119,17 @@ class Gradients:
     """The gradients of a call: where they accumulate, and when they are finished."""
 
     def __init__(
-        self, operands: Operands, needs: Needs, schedule: Schedule, keep_half: bool
+        self,
+        operands: Operands,
+        needs: Needs,
+        schedule: Schedule,
+        keep_half: bool,
+        dtype: torch.dtype | None = None,
     ) -> None:
         first = operands.inputs[0]
-        dtype = accumulation_dtype(first.dtype)
+        dtype = accumulation_dtype(first.dtype) if dtype is None else dtype
+        # Products in a wider dtype than float32 take no 16-bit tile.
+        self.narrows = dtype == torch.float32 and multiplies_into_float32(first)
         widen = keep_half and first.dtype == torch.float16
         result_dtype = torch.float32 if widen else first.dtype
         whole_rows = schedule.name == "gradient_in_forward"
@@ -148,7 +161,7 @@ class Gradients:
     def into_range(self, operands: Operands, *upstream: Tensor | None) -> list[Any]:
         """Row weights as they are, or scaled so that products in float16 keep small ones."""
         first = operands.inputs[0]
-        if first.dtype != torch.float16 or not multiplies_into_float32(first):
+        if first.dtype != torch.float16 or not self.narrows:
             return list(upstream)
         peak = sum(value.abs().amax() for value in upstream if value is not None)
         scale = _HALF_PEAK / torch.as_tensor(peak).clamp_min(torch.finfo(torch.float32).tiny)
