@@ -40,6 +40,7 @@ def divergence(
     keep_half: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See `DivergenceEngine.divergence`."""
+    heads = heads._replace(beta=_with_exact_complement(heads.beta, heads.dtype))
     student, teacher = heads.student, heads.teacher
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
     num_tokens, vocab_size = student.inputs[0].shape[0], student.local_vocab_size
@@ -73,6 +74,19 @@ def divergence(
     grads.settle_rest()
     per_token, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return per_token, entropy, grads.results()
+
+
+def _with_exact_complement(beta: float, dtype: torch.dtype) -> float:
+    """The number near `beta` whose complement to 1 is exact in `dtype` too.
+
+    The terms of a mixture cancel to second order in d where its two weights sum to 1. A rounding of
+    either weight would leave a first order behind, with one sign in every class.
+    """
+    if beta in (0, 1):
+        return beta
+    larger = torch.tensor(max(beta, 1 - beta), dtype=dtype, device="cpu").item()
+    larger = min(larger, 1 - torch.finfo(dtype).eps / 2)
+    return larger if beta > 0.5 else 1 - larger
 
 
 class _LocalSums(NamedTuple):
