@@ -211,7 +211,7 @@ class _Block:
         """The divergence of each row and the sum of its slopes, over this rank's classes.
 
         With them go `p - q` in the memory of p (`beta = 0`), or the slopes without their factors
-        in the memory of d (`beta = 1`) or of the work block.
+        in the memory of d (`beta = 1`) or of the work block. Overwrites q, and d within a mixture.
         """
         beta, shape = self.heads.beta, d.shape
         work = self.scratch.block(_WORK, *shape)
@@ -234,10 +234,13 @@ class _Block:
         beta = self.heads.beta
         more = self.scratch.block(_MORE, *d.shape)
         torch.gt(d, 0, out=more).mul_(2 * beta - 1).add_(1 - beta)
-        work.mul_(more).log1p_().sub_(torch.clamp(d, max=0, out=more))  # log m - log p
-        torch.add(work, d, out=more).mul_(q).mul_(beta)
-        weighted = torch.mul(p, work, out=q)
-        per_row = more.add_(weighted, alpha=1 - beta).sum(dim=1).neg_()
+        near = work.mul_(more).log1p_()
+        below = torch.clamp(d, max=0, out=more)
+        from_teacher = d.clamp_(min=0).add_(near)  # log m - log q
+        from_student = near.sub_(below)  # log m - log p
+        terms = from_teacher.mul_(q).mul_(beta)
+        weighted = torch.mul(p, from_student, out=q)
+        per_row = terms.add_(weighted, alpha=1 - beta).sum(dim=1).neg_()
         return per_row, weighted.sum(dim=1)
 
     def _finish_gradient(self, p: Tensor, d: Tensor, mean: Tensor, factor: Tensor) -> None:

@@ -22,7 +22,6 @@ from hf_fused_head.engines.torch_engine.cuts import (
     tile_of,
 )
 from hf_fused_head.engines.torch_engine.products import Gradients, Products
-from hf_fused_head.engines.torch_engine.statistics import Scratch
 from hf_fused_head.engines.torch_engine.tiles import (
     RowStatistics,
     exponentials,
