@@ -14,9 +14,20 @@ LOSS_KEYWORDS = [
     "linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "logit_scale",
     "softcap", "z_loss", "num_items", "impl", "memory_budget_mib", "process_group",
 ]  # fmt: skip
+PAIR_TENSORS = ["student", "student_weight", "teacher", "teacher_weight"]
+PAIR_KEYWORDS = [
+    "temperature", "beta", "mask", "reduction", "num_items", "student_bias", "student_logit_scale",
+    "student_softcap", "teacher_bias", "teacher_logit_scale", "teacher_softcap", "impl",
+    "memory_budget_mib", "process_group",
+]  # fmt: skip
 SIGNATURES = {
     "linear_cross_entropy": [*LOSS_TENSORS, *LOSS_KEYWORDS, "options"],
     "linear_cross_entropy_with_stats": [*LOSS_TENSORS, *LOSS_KEYWORDS, "options"],
+    "linear_kl_div": [*PAIR_TENSORS, *PAIR_KEYWORDS],
+    "linear_kl_div_with_stats": [*PAIR_TENSORS, *PAIR_KEYWORDS],
+    "sparse_kl_div": [
+        "log_probs", "teacher_log_probs", "beta", "tail", "mask", "reduction", "num_items",
+    ],
     "apply_patch": [
         "model", "impl", "memory_budget_mib", "label_smoothing", "z_loss", "stats", "strict",
     ],
@@ -47,13 +58,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_signatures_are_those_of_the_contract(name: str) -> None:
     parameters = inspect.signature(getattr(hf_fused_head, name)).parameters
     assert list(parameters) == SIGNATURES[name]
-    positional = {"input", "linear_weight", "target", "model"}
+    positional = {*LOSS_TENSORS, *PAIR_TENSORS, "log_probs", "teacher_log_probs", "model"}
     for parameter in parameters.values():
         keyword_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert keyword_only == (parameter.name not in positional), parameter
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "apply_patch"])
+@pytest.mark.parametrize(
+    "name", ["linear_cross_entropy", "linear_kl_div", "sparse_kl_div", "apply_patch"]
+)
 def test_the_docstring_names_every_argument_and_no_other(name: str) -> None:
     value = getattr(hf_fused_head, name)
     document = inspect.getdoc(value) or ""

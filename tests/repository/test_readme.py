@@ -43,6 +43,17 @@ def test_the_loss_example_runs() -> None:
     subprocess.run([sys.executable, "-c", before + program + after], check=True)
 
 
+def test_the_distillation_example_runs() -> None:
+    program = next(block for block in code_blocks("python") if "linear_kl_div(" in block)
+    before = (
+        "import torch\nhead, teacher_head = torch.nn.Linear(8, 50), torch.nn.Linear(12, 50)\n"
+        "hidden, teacher_hidden = torch.randn(2, 5, 8), torch.randn(2, 5, 12)\n"
+        "labels = torch.randint(0, 50, (2, 5))\n"
+    )
+    after = "assert torch.isfinite(loss)\n"
+    subprocess.run([sys.executable, "-c", before + program + after], check=True)
+
+
 def test_every_keyword_shown_for_apply_patch_exists() -> None:
     import inspect
 
