@@ -209,7 +209,12 @@ _FAILED = -1
 
 
 def agree(
-    name: str, rows: int, labels: Tensor, terms: Terms, complete_hidden: bool = True
+    name: str,
+    rows: int,
+    labels: Tensor,
+    terms: Terms,
+    complete_hidden: bool = True,
+    names: tuple[str, ...] | None = None,
 ) -> VocabShard:
     """This rank's shard, once all ranks have exchanged their numbers of rows and agree on the loss.
 
@@ -221,6 +226,8 @@ def agree(
         labels: [...], int64.
         terms: What else has to be the same on every rank.
         complete_hidden: The attribute of the shard.
+        names: What the terms and then the labels are called in messages; those of
+            `linear_cross_entropy` by default.
 
     Raises:
         ValueError: If a rank has no rows.
@@ -254,7 +261,7 @@ def agree(
             f"none on rank {sizes.index(0)}: use fewer ranks for a vocabulary of {sum(sizes)}"
         )
     got = [*(f"{term!r} here and another" for term in terms), "another"]
-    for index, what in enumerate((*_NAMES, "`target`")):
+    for index, what in enumerate((*_NAMES, "`target`") if names is None else names):
         column = [row[1 + index] for row in gathered]
         others = [rank for rank, code in enumerate(column) if code != column[shard.rank]]
         if others:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from hf_fused_head.autocast import as_linear_takes
 from hf_fused_head.autograd import FinishedLoss
+from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
 from hf_fused_head.divergence import ops
 from hf_fused_head.divergence.autograd import TokenDivergences
 from hf_fused_head.divergence.ops import PairArguments, Upstream
@@ -103,7 +104,10 @@ def linear_kl_div(
         teacher_softcap: Cap of the teacher's logits by `tanh`; None for none.
         impl: "auto", "torch" or "reference"; "auto" means "torch".
         memory_budget_mib: Largest workspace beyond inputs, outputs and gradients; default 1024.
-        process_group: None; heads whose rows are sharded over ranks are refused.
+        process_group: The ranks that share both heads, in the order of their rows: the weights and
+            biases are this rank's rows, the same classes of both heads; hidden states and `mask`
+            are whole and the same on every rank. So are the divergence and the gradient of
+            `student`; those of the head's rows stay with their rank.
 
     Returns:
         Scalar float32; [...] float32 with `reduction="none"` (float64 if either head is). A mean
@@ -112,9 +116,10 @@ def linear_kl_div(
     Raises:
         ValueError: If shapes disagree or an option is out of range.
         TypeError: If dtypes are wrong.
-        NotImplementedError: For `impl="triton"` and a `process_group`; inside transforms of
-            torch.func, with dual tensors, with gradients under torch.export, and where a second
-            derivative is taken.
+        NotImplementedError: For `impl="triton"`; inside transforms of torch.func, with dual
+            tensors, with gradients under torch.export, and where a second derivative is taken.
+        RuntimeError: If the ranks of `process_group` do not mean the same divergence, or another
+            one has raised one of the above.
 
     References:
         Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649.
@@ -124,7 +129,7 @@ def linear_kl_div(
         (student, student_weight, student_bias),
         (teacher, teacher_weight, teacher_bias),
         mask,
-        DivergenceOptions(temperature, beta, reduction, *head_options),
+        *(temperature, beta, reduction, *head_options),
         num_items=num_items,
         impl=impl,
         memory_budget_mib=memory_budget_mib,
@@ -163,7 +168,7 @@ def linear_kl_div_with_stats(
         (student, student_weight, student_bias),
         (teacher, teacher_weight, teacher_bias),
         mask,
-        DivergenceOptions(temperature, beta, reduction, *head_options),
+        *(temperature, beta, reduction, *head_options),
         num_items=num_items,
         impl=impl,
         memory_budget_mib=memory_budget_mib,
@@ -178,23 +183,32 @@ def _divergence(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
     mask: Tensor | None,
-    options: DivergenceOptions,
-    *,
+    *values: Any,
     num_items: int | Tensor | None,
     impl: str,
     memory_budget_mib: float | None,
     process_group: ProcessGroup | None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the divergence per token and the student's entropy ([0] unless wanted)."""
-    refuse_transforms("linear_kl_div")
-    _refuse_group(process_group)
+    """The loss, the divergence per token and the student's entropy ([0] unless wanted).
+
+    `values` are those of `DivergenceOptions`: where they are out of range, the other ranks of a
+    group raise too.
+    """
+    group = group_name(process_group)
     num_items, memory_budget_mib = item_count(num_items), plain_number(memory_budget_mib)
-    impl = check_impl(impl)
     student, teacher = _as_linear_takes(student), _as_linear_takes(teacher)
-    check_pair(student, teacher, mask)
-    check_num_items(num_items)
-    check_memory_budget(memory_budget_mib)
+    try:
+        options = DivergenceOptions(*values)
+        refuse_transforms("linear_kl_div")
+        impl = check_impl(impl)
+        check_pair(student, teacher, mask)
+        check_num_items(num_items)
+        check_memory_budget(memory_budget_mib)
+    except (TypeError, ValueError, NotImplementedError):
+        # The hidden states may be what is wrong; the head's rows lie where the group works.
+        report_failure(group, student[1].device)
+        raise
     shape = student[0].shape[:-1]
     tensors = (
         *(student[0].reshape(-1, student[0].shape[-1]), *student[1:]),
@@ -204,7 +218,7 @@ def _divergence(
     )
     config = (
         *(float(options.beta), *options.student(), *options.teacher()),
-        *(impl, budget_bytes(memory_budget_mib)),
+        *(impl, budget_bytes(memory_budget_mib), group),
     )
     pair = PairArguments(*tensors, *config)
     items = item_sum(options.reduction, pair.student.shape[0], pair.mask, num_items)
@@ -239,7 +253,7 @@ def _connected(
     loss = reduced(per_token, reduction, items)
     if any(needed):
         finished = [grad for grad, need in zip(grads, needs[:3], strict=True) if need]
-        loss, _ = FinishedLoss.apply(loss, needed, False, *parameters, *finished)
+        loss, _ = FinishedLoss.apply(loss, needed, pair.group != "", *parameters, *finished)
     return loss, per_token, entropies
 
 
@@ -249,11 +263,3 @@ def _as_linear_takes(
     """Hidden states, weight and bias under the caller's autocast."""
     hidden, weight, bias = head
     return as_linear_takes(hidden), as_linear_takes(weight), as_linear_takes(bias)
-
-
-def _refuse_group(process_group: ProcessGroup | None) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            f"`process_group` must be None, got {process_group!r}: gather the rows of both heads "
-            "on every rank, or distil with data parallelism"
-        )

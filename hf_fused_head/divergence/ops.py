@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fused_head.distributed.vocab_parallel import WHOLE, Terms, VocabShard, agree
 from hf_fused_head.engines import reference_divergence
 from hf_fused_head.engines.protocol import DivergenceEngine, DivergenceNeeds, HeadPair, Operands
 from hf_fused_head.engines.select import Choice
@@ -28,11 +29,11 @@ class PairArguments(NamedTuple):
     """Two heads, as the operator takes them first; the temperature is in scales and softcaps."""
 
     student: Tensor  # [T, H]
-    student_weight: Tensor  # [V, H]
-    student_bias: Tensor | None  # [V]
+    student_weight: Tensor  # [local V, H]
+    student_bias: Tensor | None  # [local V]
     teacher: Tensor  # [T, H']
-    teacher_weight: Tensor  # [V, H']
-    teacher_bias: Tensor | None  # [V]
+    teacher_weight: Tensor  # [local V, H']
+    teacher_bias: Tensor | None  # [local V]
     mask: Tensor | None  # [T], bool
     beta: float
     student_scale: float
@@ -41,6 +42,7 @@ class PairArguments(NamedTuple):
     teacher_softcap: float | None
     impl: str
     budget_bytes: int
+    group: str  # name of a process group; "" for heads on one rank
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +58,26 @@ class PairArguments(NamedTuple):
         rows = self.mask.nonzero()[:, 0]
         return None if rows.shape[0] == self.mask.shape[0] else rows
 
-    def heads(self, rows: Tensor | None) -> HeadPair:
+    def shard(self, *wanted: Any) -> VocabShard:
+        """This rank's shard of both heads; ranks that mean different divergences all raise."""
+        if not self.group:
+            return WHOLE
+        hidden = self.student, self.teacher
+        biases = self.student_bias, self.teacher_bias
+        mask = self.mask
+        if mask is None:
+            mask = torch.zeros(0, dtype=torch.bool, device=self.student.device)
+        terms = Terms(
+            input=[(tuple(t.shape), t.dtype) for t in hidden],
+            weight=self.mask is not None,
+            linear_bias=[bias is not None for bias in biases],
+            options=self[7:-1],
+            wanted=wanted,
+        )
+        rows = self.student_weight.shape[0]
+        return agree(self.group, rows, mask.long(), terms, names=_NAMES)
+
+    def heads(self, rows: Tensor | None, shard: VocabShard) -> HeadPair:
         """What an engine takes: matrices with a stride of 1, at the tokens that count."""
         student = _operands(
             rows,
@@ -65,6 +86,7 @@ class PairArguments(NamedTuple):
             self.student_bias,
             self.student_scale,
             self.student_softcap,
+            shard,
         )
         teacher = _operands(
             rows,
@@ -73,6 +95,7 @@ class PairArguments(NamedTuple):
             self.teacher_bias,
             self.teacher_scale,
             self.teacher_softcap,
+            shard,
         )
         return HeadPair(student, teacher, self.beta, self.dtype)
 
@@ -81,7 +104,7 @@ class PairArguments(NamedTuple):
         num_tokens = heads.student.inputs[0].shape[0]
         problem = DivergenceProblem(
             num_tokens=num_tokens,
-            vocab_size=self.student_weight.shape[0],
+            vocab_size=heads.student.shard.largest(self.student_weight.shape[0]),
             student_size=self.student.shape[1],
             teacher_size=self.teacher.shape[1],
             student_dtype=self.student.dtype,
@@ -124,6 +147,15 @@ class Upstream(NamedTuple):
     keep_half: bool  # float16 gradients stay in float32, for a loss scale that arrives later
 
 
+# What the ranks of a group must agree on, for messages; the last is what `agree` takes as labels.
+_NAMES = (
+    "shape and dtype of `student` and `teacher`",
+    "presence of `mask`",
+    "presence of `student_bias` and `teacher_bias`",
+    "options of the divergence",
+    "tensors that require grad and wanted statistics",
+    "`mask`",
+)
 _ENGINES: dict[str, DivergenceEngine] = {
     "reference": reference_divergence,
     "torch": torch_divergence,
@@ -137,10 +169,11 @@ def _operands(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
+    shard: VocabShard,
 ) -> Operands:
     kept = hidden if rows is None else hidden.index_select(0, rows)
     matrices = [t if 1 in t.stride() else t.contiguous() for t in (kept, weight)]
-    return Operands(matrices[:1], matrices[1:], bias, None, scale, softcap)
+    return Operands(matrices[:1], matrices[1:], bias, None, scale, softcap, shard)
 
 
 @torch.library.custom_op(
@@ -152,12 +185,13 @@ def _operands(
 def _divergence(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     pair, upstream, needs = unflatten(arguments, PairArguments, Upstream, DivergenceNeeds)
     note_engine(Choice(pair.impl, f"impl={pair.impl!r} computes the divergence on any device"))
+    shard = pair.shard(*needs)
     rows = pair.kept_rows()
     num_tokens = pair.student.shape[0]
     if num_tokens == 0 or (rows is not None and rows.shape[0] == 0):
         note_schedule(None)
         return pair.empty(torch.zeros, needs, upstream.keep_half)
-    heads = pair.heads(rows)
+    heads = pair.heads(rows, shard)
     row_weight = upstream.row_weight
     if rows is not None and row_weight.shape[0]:
         row_weight = row_weight.index_select(0, rows)

@@ -37,6 +37,8 @@ def divergence(
     if slope is not None:
         dlogits = dlogits * slope
     dlogits = dlogits * (row_weight * student.logit_scale)[:, None]
+    first = student.shard.first
+    dlogits = dlogits[:, first : first + student.local_vocab_size]
     grads = head_gradients(student, dlogits, needs.gradients, keep_half)
     dtype = heads.student.inputs[0].dtype
     if keep_half and dtype == torch.float16:

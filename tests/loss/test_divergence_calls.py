@@ -311,7 +311,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"memory_budget_mib": 0}, ValueError, "`memory_budget_mib` must be positive or None, got 0"),
     ({"impl": "cuda"}, ValueError, "`impl` must be one of .* got 'cuda'"),
     ({"impl": "triton"}, NotImplementedError, "`impl` must be 'auto', 'torch' or 'reference'"),
-    ({"process_group": "world"}, NotImplementedError, "`process_group` must be None, got 'world'"),
+    ({"process_group": "world"}, TypeError, "`process_group` must be a torch.distributed.Pr"),
 ]
 
 
