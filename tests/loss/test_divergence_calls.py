@@ -315,7 +315,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    REFUSED,
+    # Random values would give the test another name in every process.
+    ids=[f"{number} {' '.join(change)}" for number, (change, _, _) in enumerate(REFUSED)],
+)
 def test_wrong_arguments_are_refused_by_name(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
