@@ -1,8 +1,8 @@
 """Any card: what the loss makes of a tile of logits whose product the vendor's library has made.
 
-The product lies in float32 memory that is small enough to stay in the L2 cache between the
-library's kernel, which writes it, and this one, which reads it once. No line here depends on the
-card; the epilogue is that of the kernels with a product of their own.
+The library's kernel writes a tile of the product to float32 memory, this one reads it once: the
+smaller the tile, the more of it is still in the L2 cache. No line here depends on the card; the
+epilogue is that of the kernels with a product of their own.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ class Card:
         converts: Whether 16-bit operands are converted to float32 before a product.
         launch_bound_product: Multiplications of a product below which the device waits for the
             host to launch it.
-        epilogue_dtypes: Of the operands for which a kernel of the Triton engine with the loss in
-            the epilogue of its product is measured to be faster than the vendor's library with the
-            loss in a pass behind it.
+        epilogue_dtypes: Of the operands for which the Triton engine takes its kernel with the loss
+            in the epilogue of its product, since that was measured to be faster than the vendor's
+            library with the loss in a pass behind it (in bfloat16, whose kernel float16 shares).
         verified: Whether the tests of the Triton engine have passed on such a card; on any other
             its first call checks itself.
     """

@@ -1,8 +1,8 @@
 """The product of hidden states and head: inside a kernel, or by the vendor's library in tiles.
 
 Where a card has a kernel whose epilogue hides behind its product, that kernel runs. Everywhere else
-the library makes the product, as fast as anything on that card can, into float32 memory that stays
-in the L2 cache, and one elementwise kernel makes of it what the epilogue would have made.
+the library makes the product, tile by tile, in a little float32 memory, and one elementwise kernel
+makes of each tile what the epilogue would have made.
 """
 
 from __future__ import annotations
