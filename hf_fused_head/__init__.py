@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         linear_cross_entropy,
         linear_cross_entropy_with_stats,
     )
+    from hf_fused_head.log_probs import TokenLogProbs, token_log_probs
     from hf_fused_head.nn import LinearCrossEntropyLoss
     from hf_fused_head.patches import (
         UnsupportedModelError,
@@ -38,6 +39,7 @@ _LAZY = {
     "KLStats": "hf_fused_head.divergence.functional",
     "LinearCrossEntropyLoss": "hf_fused_head.nn",
     "LossStats": "hf_fused_head.functional",
+    "TokenLogProbs": "hf_fused_head.log_probs",
     "UnsupportedModelError": "hf_fused_head.patches",
     "apply_patch": "hf_fused_head.patches",
     "last_stats": "hf_fused_head.patches",
@@ -50,6 +52,7 @@ _LAZY = {
     "remove_patch": "hf_fused_head.patches",
     "sparse_kl_div": "hf_fused_head.divergence.sparse",
     "supported_models": "hf_fused_head.patches",
+    "token_log_probs": "hf_fused_head.log_probs",
 }
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "KLStats",
     "LinearCrossEntropyLoss",
     "LossStats",
+    "TokenLogProbs",
     "UnsupportedModelError",
     "__version__",
     "apply_patch",
@@ -70,6 +74,7 @@ __all__ = [
     "remove_patch",
     "sparse_kl_div",
     "supported_models",
+    "token_log_probs",
 ]
 
 

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from hf_fused_head import ops
 from hf_fused_head.autocast import as_linear_takes
-from hf_fused_head.autograd import (
-    FinishedLoss,
-    RowLosses,
-    TransformedLoss,
-    TransformedRowLosses,
-)
+from hf_fused_head.autograd import FinishedLoss, TransformedLoss
 from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
-from hf_fused_head.engines.protocol import Needs
 from hf_fused_head.flops import register_formulas
 from hf_fused_head.objective import Objective, RowStats, Wanted
 from hf_fused_head.ops import HeadArguments
@@ -31,12 +25,8 @@ from hf_fused_head.options import (
     plain_number,
 )
 from hf_fused_head.planning.problem import budget_bytes
-from hf_fused_head.transforms import (
-    eager_in_transforms,
-    in_transform,
-    is_differentiated,
-    is_exporting,
-)
+from hf_fused_head.row_autograd import needs_of, row_stats
+from hf_fused_head.transforms import eager_in_transforms, in_transform, is_exporting
 from hf_fused_head.validation import check_arguments
 
 if TYPE_CHECKING:
@@ -238,18 +228,19 @@ def operand_cross_entropy(
     class_weight = None if weight is None else weight.detach().to(dtype)
     objective = Objective.of(options, target.reshape(-1), class_weight, num_items, dtype)
     wanted = Wanted(options.label_smoothing > 0, "entropy" in stats, "accuracy" in stats)
-    config = (
-        options.ignore_index,
-        float(options.logit_scale),
-        None if options.softcap is None else float(options.softcap),
-        float(options.label_smoothing),
-        impl,
-        budget_bytes(memory_budget_mib),
-        group,
-        complete_hidden,
+    head = HeadArguments(
+        *(inputs, weights, bias, class_weight, None, target),
+        ignore_index=options.ignore_index,
+        logit_scale=float(options.logit_scale),
+        softcap=None if options.softcap is None else float(options.softcap),
+        label_smoothing=float(options.label_smoothing),
+        impl=impl,
+        budget_bytes=budget_bytes(memory_budget_mib),
+        group=group,
+        complete_hidden=complete_hidden,
+        batch_invariant=False,
     )
-    head = HeadArguments(inputs, weights, bias, class_weight, target, *config)
-    loss, rows = _loss_and_rows(head, config, objective, wanted)
+    loss, rows = _loss_and_rows(head, objective, wanted)
     if options.reduction == "none":
         loss = loss.reshape(target.shape)
     nll, lse, entropy, correct = (
@@ -269,41 +260,22 @@ def operand_cross_entropy(
 
 
 def _loss_and_rows(
-    head: HeadArguments, config: tuple[Any, ...], objective: Objective, wanted: Wanted
+    head: HeadArguments, objective: Objective, wanted: Wanted
 ) -> tuple[Tensor, RowStats]:
     """The loss, connected to what is differentiated, and the statistics of its rows."""
+    needs = needs_of(head)
+    if not needs.any() or is_exporting() or objective.options.reduction == "none":
+        rows = row_stats(head, wanted, needs)
+        return objective.reduce(*rows[:3]), rows
     register_formulas()
-    transformed = in_transform()
-    parameters = [*head.inputs, *head.weights, *([] if head.bias is None else [head.bias])]
-    needed = tuple(is_differentiated(parameter) for parameter in parameters)
-    if not any(needed):
-        rows = ops.row_stats(_detached(head), wanted)
-        return objective.reduce(*rows[:3]), rows
-    pairs, bias_needed = len(head.inputs), head.bias is not None and needed[-1]
-    needs = Needs(list(needed[:pairs]), list(needed[pairs : 2 * pairs]), bias_needed)
-    if is_exporting():
-        rows = ops.row_stats(head, wanted)
-        return objective.reduce(*rows[:3]), rows
-    if objective.options.reduction == "none":
-        apply = TransformedRowLosses.apply if transformed else RowLosses.apply
-        operands = (head.labels, head.class_weight, head.bias, *head.inputs, *head.weights)
-        rows = RowStats(*apply(config, wanted, needs, *operands))
-        return objective.reduce(*rows[:3]), rows
-    rows, grads = ops.stats_and_grads(_detached(head), objective.row_weights(), needs, wanted)
+    rows, grads = ops.stats_and_grads(head.detached(), objective.row_weights(), needs, wanted)
     loss = objective.reduce(*rows[:3])
+    parameters = [*head.inputs, *head.weights, *([] if head.bias is None else [head.bias])]
+    needed = (*needs.inputs, *needs.weights, *([] if head.bias is None else [needs.bias]))
     finished = [grads[index] for index, need in enumerate(needed) if need]
-    apply = TransformedLoss.apply if transformed else FinishedLoss.apply
+    apply = TransformedLoss.apply if in_transform() else FinishedLoss.apply
     loss, _ = apply(loss, needed, head.group != "", *parameters, *finished)
     return loss, rows
-
-
-def _detached(head: HeadArguments) -> HeadArguments:
-    """For an operator: its gradients are attached here, not by autograd."""
-    return head._replace(
-        inputs=[hidden.detach() for hidden in head.inputs],
-        weights=[weight.detach() for weight in head.weights],
-        bias=None if head.bias is None else head.bias.detach(),
-    )
 
 
 def _options(

@@ -1,9 +1,9 @@
 """The loss as a function of row statistics: what each row counts, the reduction, the gradient.
 
-An engine knows rows: for each it makes `nll`, `lse`, and, where asked for, `smooth`, `entropy` and
-`correct`. Everything that turns rows into the loss that was asked for, and the loss's gradient into
-a gradient of each row's logits, stands here. For one row, with z its logits, y its target, w the
-class weights (ones without), p = softmax(z) and W the sum of w,
+An engine knows rows: for each it makes `nll`, `lse`, and, where asked for, `smooth`, `entropy`,
+`correct` and `log_sum_sq`. Everything that turns rows into the loss that was asked for, and the
+loss's gradient into a gradient of each row's logits, stands here. For one row, with z its logits, y
+its target, w the class weights (ones without), p = softmax(z) and W the sum of w,
 
     nll     = lse - z_y                      lse = logsumexp(z)
     smooth  = sum_j w_j (lse - z_j) / V      entropy = lse - sum_j p_j z_j
@@ -32,6 +32,7 @@ class Wanted(NamedTuple):
     smooth: bool = False
     entropy: bool = False
     correct: bool = False
+    log_sum_sq: bool = False
 
 
 class RowStats(NamedTuple):
@@ -45,6 +46,7 @@ class RowStats(NamedTuple):
     smooth: Tensor  # [T] or [0], mean over the vocabulary of w_j * -log p_j
     entropy: Tensor  # [T] or [0], in nats
     correct: Tensor  # [T] or [0], bool: whether the target has the largest logit
+    log_sum_sq: Tensor  # [T] or [0], log of sum_j p_j^2
     # [T], p_j = correction * exp(z_j - lse): what rounding took from lse, for a later backward.
     correction: Tensor | None = None
 

@@ -46,6 +46,7 @@ class HeadArguments(NamedTuple):
     weights: list[Tensor]  # [local V, H_i] each
     bias: Tensor | None  # [local V]
     class_weight: Tensor | None  # [V]
+    row_scale: Tensor | None  # [T], the factor on every row's logits, in the dtype of statistics
     labels: Tensor  # [...], T in all; the shape is for messages
     ignore_index: int
     logit_scale: float
@@ -55,11 +56,21 @@ class HeadArguments(NamedTuple):
     budget_bytes: int
     group: str  # name of a process group; "" for a head on one rank
     complete_hidden: bool  # whether the ranks sum the gradients of `inputs`
+    # Whether the statistics of a row are the same bits whatever other rows there are.
+    batch_invariant: bool
 
     @property
     def num_tokens(self) -> int:
         """Rows, ignored ones included."""
         return self.labels.numel()
+
+    def detached(self) -> HeadArguments:
+        """For an operator: its gradients are attached elsewhere, not by autograd."""
+        return self._replace(
+            inputs=[hidden.detach() for hidden in self.inputs],
+            weights=[weight.detach() for weight in self.weights],
+            bias=None if self.bias is None else self.bias.detach(),
+        )
 
     def choice(self) -> Choice:
         """The engine that `impl` means for these tensors, and why."""
@@ -86,7 +97,7 @@ class HeadArguments(NamedTuple):
                 input=(tuple(self.labels.shape), sizes, self.inputs[0].dtype),
                 weight=shared,
                 linear_bias=self.bias is not None,
-                options=(*options, self.complete_hidden),
+                options=(*options, self.complete_hidden, self.batch_invariant),
                 wanted=terms,
             ),
             self.complete_hidden,
@@ -107,7 +118,8 @@ class HeadArguments(NamedTuple):
         """What an engine takes: matrices with a stride of 1, at the rows that count."""
         inputs = _unit_stride([_take(rows, hidden) for hidden in self.inputs])
         options = (self.bias, self.class_weight, self.logit_scale, self.softcap, shard)
-        return Operands(inputs, _unit_stride(self.weights), *options)
+        row_scale = None if self.row_scale is None else _take(rows, self.row_scale)
+        return Operands(inputs, _unit_stride(self.weights), *options, row_scale)
 
     def schedule(
         self, operands: Operands, needs: Needs | None, wanted: Wanted, per_token: bool = False
@@ -130,7 +142,8 @@ class HeadArguments(NamedTuple):
             smoothing=self.label_smoothing if wanted.smooth else 0.0,
             softcap=operands.softcap is not None,
             class_weight=operands.class_weight is not None,
-            entropy=wanted.entropy,
+            entropy=wanted.entropy or wanted.log_sum_sq,
+            batch_invariant=self.batch_invariant and needs is None,
             product=choice.product,
             sums_hidden=operands.shard.sums_hidden,
             budget_bytes=self.budget_bytes,

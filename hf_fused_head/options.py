@@ -19,6 +19,9 @@ DEFAULT_IGNORE_INDEX = -100
 # Statistics that a loss can return beside itself; "accuracy" comes per token, as `correct`.
 STAT_NAMES = ("accuracy", "entropy")
 
+# The fields of `TokenLogProbs`.
+LOG_PROB_NAMES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -113,6 +116,44 @@ class DivergenceOptions:
     def teacher(self) -> tuple[float, float | None]:
         """The teacher's scale and softcap, the temperature within."""
         return _cooled(self.teacher_logit_scale, self.teacher_softcap, self.temperature)
+
+
+@dataclass(frozen=True)
+class LogProbOptions:
+    """What log-probabilities are, apart from tensors; checks itself when it is made.
+
+    Attributes:
+        temperature: What the logits are divided by; None where every token has its own.
+        outputs: Names of the fields that are asked for.
+        ignore_index: The target of tokens that do not count; None becomes -100.
+        logit_scale: Factor on the logits.
+        softcap: Cap of the logits; None for no cap.
+    """
+
+    temperature: float | None = 1.0
+    outputs: tuple[str, ...] = ("log_probs", "entropy")
+    ignore_index: int = DEFAULT_IGNORE_INDEX
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        of_logits = LossOptions("none", self.ignore_index, 0.0, self.logit_scale, self.softcap)
+        for name in ("ignore_index", "logit_scale", "softcap"):
+            object.__setattr__(self, name, getattr(of_logits, name))
+        object.__setattr__(self, "temperature", plain_number(self.temperature))
+        if self.temperature is not None:
+            _check_positive("temperature", self.temperature, "1.0 leaves the logits as they are")
+        unknown = [name for name in self.outputs if name not in LOG_PROB_NAMES]
+        if unknown or not self.outputs:
+            raise ValueError(
+                f"`outputs` must name some of {LOG_PROB_NAMES}, got {self.outputs!r}: "
+                "leave out what there is no field for"
+            )
+
+    def cooled(self) -> tuple[float, float | None]:
+        """Scale and softcap, with a temperature of all tokens within."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return _cooled(float(self.logit_scale), self.softcap, temperature)
 
 
 def _cooled(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:

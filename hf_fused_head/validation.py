@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_fused_head.options import FLOAT_DTYPES, STAT_NAMES
 from hf_fused_head.planning.problem import DEFAULT_MEMORY_BUDGET_MIB
-from hf_fused_head.transforms import is_differentiated
+from hf_fused_head.transforms import in_transform, is_differentiated
 
 
 def check_arguments(
@@ -131,6 +131,36 @@ def check_memory_budget(memory_budget_mib: float | None) -> None:
         raise ValueError(
             f"`memory_budget_mib` must be positive or None, got {memory_budget_mib!r}: "
             f"None means {DEFAULT_MEMORY_BUDGET_MIB}"
+        )
+
+
+def check_temperatures(temperature: Tensor, target: Tensor) -> None:
+    """One positive number for each token; their values are read where that waits for no device."""
+    if not temperature.is_floating_point():
+        raise TypeError(
+            f"`temperature` must be floating point, got {temperature.dtype}: call "
+            "temperature.float()"
+        )
+    if temperature.shape != target.shape:
+        raise ValueError(
+            f"`temperature` must have shape {tuple(target.shape)}, got "
+            f"{tuple(temperature.shape)}: pass a float, or one number for each token"
+        )
+    if temperature.device != target.device:
+        raise ValueError(
+            f"`temperature` must be on {target.device}, got {temperature.device}: move it there"
+        )
+    if is_differentiated(temperature):
+        raise NotImplementedError(
+            "`temperature` must not require grad, got one that is differentiated: it is a "
+            "constant, pass temperature.detach()"
+        )
+    if temperature.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
+        return
+    if not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError(
+            f"`temperature` must be positive and finite at every token, got "
+            f"{float(temperature.min())} among them: 1.0 leaves the logits as they are"
         )
 
 

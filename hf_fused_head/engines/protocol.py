@@ -14,7 +14,10 @@ from hf_fused_head.planning.schedule import Schedule
 
 
 class Operands(NamedTuple):
-    """The head: logits are `softcap * tanh(scale * (sum_i X_i W_i^T + bias) / softcap)`."""
+    """The head: logits are `softcap * tanh(scale * (sum_i X_i W_i^T + b) / softcap) * r`.
+
+    b is the bias and r the `row_scale`.
+    """
 
     inputs: list[Tensor]  # [T, H_i] each
     weights: list[Tensor]  # [local V, H_i] each, the rows of `shard`
@@ -23,6 +26,7 @@ class Operands(NamedTuple):
     logit_scale: float
     softcap: float | None
     shard: VocabShard = WHOLE
+    row_scale: Tensor | None = None  # [T], in the dtype of the statistics; None for ones
 
     @property
     def local_vocab_size(self) -> int:
@@ -38,6 +42,16 @@ class Operands(NamedTuple):
     def local_class_weight(self) -> Tensor | None:
         """The class weights of this rank's rows."""
         return self.shard.part(self.class_weight, self.local_vocab_size)
+
+    @property
+    def slope(self) -> float | Tensor:
+        """The derivative of a row's logits by their products, that of the softcap left out."""
+        return self.logit_scale if self.row_scale is None else self.row_scale * self.logit_scale
+
+    def rows(self, rows: slice) -> Operands:
+        """The same head over some of the tokens."""
+        scale = None if self.row_scale is None else self.row_scale[rows]
+        return self._replace(inputs=[hidden[rows] for hidden in self.inputs], row_scale=scale)
 
 
 class Needs(NamedTuple):

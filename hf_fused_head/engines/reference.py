@@ -40,12 +40,8 @@ def row_stats(
     nll = torch.where(top - target_logit < 1.0, near, far)
     lse = top + torch.log1p(others + torch.expm1(target_logit - top))
     log_probs = logits - lse[:, None]
-    empty = logits.new_empty(0)
-    smooth, entropy, correct = (
-        empty,
-        empty.clone(),
-        torch.empty(0, dtype=torch.bool).to(empty.device),
-    )
+    smooth, entropy, log_sum_sq = (logits.new_empty(0) for _ in range(3))
+    correct = labels.new_empty(0, dtype=torch.bool)
     if wanted.smooth:
         weighted = log_probs if operands.class_weight is None else log_probs * operands.class_weight
         smooth = -weighted.sum(dim=1) / logits.shape[1]
@@ -53,7 +49,9 @@ def row_stats(
         entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(dim=1)
     if wanted.correct:
         correct = logits.argmax(dim=1) == labels
-    return RowStats(nll, lse, smooth, entropy, correct)
+    if wanted.log_sum_sq:
+        log_sum_sq = (2 * log_probs).logsumexp(dim=1)
+    return RowStats(nll, lse, smooth, entropy, correct, log_sum_sq)
 
 
 def stats_and_grads(
@@ -85,7 +83,7 @@ def row_grads(
 
 
 def full_logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """The logits of all ranks, [T, V], and the softcap's derivative there."""
+    """The logits of all ranks, [T, V], and what softcap and row scale add to their derivative."""
     dtype = accumulation_dtype(operands.inputs[0].dtype)
     pairs = zip(operands.inputs, operands.weights, strict=True)
     products = [hidden.to(dtype) @ weight.to(dtype).T for hidden, weight in pairs]
@@ -93,12 +91,15 @@ def full_logits(operands: Operands) -> tuple[Tensor, Tensor | None]:
     if operands.bias is not None:
         logits = logits + operands.bias.to(dtype)
     logits = operands.shard.columns(logits)
-    logits = logits * operands.logit_scale
-    if operands.softcap is None:
-        return logits, None
-    inner = logits / operands.softcap
-    # 1 / cosh^2 rather than 1 - tanh^2, which has no digit left where tanh rounds to 1.
-    return inner.tanh() * operands.softcap, inner.cosh().square().reciprocal()
+    logits, slope = logits * operands.logit_scale, None
+    if operands.softcap is not None:
+        inner = logits / operands.softcap
+        # 1 / cosh^2 rather than 1 - tanh^2, which has no digit left where tanh rounds to 1.
+        logits, slope = inner.tanh() * operands.softcap, inner.cosh().square().reciprocal()
+    if operands.row_scale is not None:
+        scale = operands.row_scale[:, None]
+        logits, slope = logits * scale, scale if slope is None else slope * scale
+    return logits, slope
 
 
 def _dlogits(

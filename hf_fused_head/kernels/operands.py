@@ -89,6 +89,7 @@ class RowOutputs(NamedTuple):
     smooth: Tensor | None  # float32
     entropy: Tensor | None  # float32
     correct: Tensor | None  # bool
+    log_sum_sq: Tensor | None  # float32
     factor: Tensor | None  # float32: gradient of the logits / stored exponents
     correction: Tensor | None  # float32: p_j = correction exp(z_j - lse), with the rounded lse
     overflowed: Tensor  # int32: not 0 where the row has to be computed around its maximum

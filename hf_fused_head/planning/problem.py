@@ -22,6 +22,10 @@ _PRODUCT_BYTES = 96 * 2**20
 _PRODUCT_SHARE = 8
 _SMALLEST_PRODUCT = 4 * 512 * 2048
 
+# Tokens of a tile whose shape is that of every batch: fewer would waste a GPU's products, more the
+# time of short batches.
+_INVARIANT_TOKENS = 512
+
 # Token counts within 1/16 of each other share a plan of the Triton engine, whose tiles round up.
 _ROUND_TO = 256
 
@@ -51,7 +55,9 @@ class Problem:
         smoothing: The share of label smoothing in a scalar loss, whose gradient has rank one.
         softcap: Whether the logits are capped.
         class_weight: Whether classes have weights.
-        entropy: Whether the entropy of a row, or its gradient, is asked for.
+        entropy: Whether the entropy of a row, its gradient, or a sum of squares is asked for.
+        batch_invariant: Whether a row's statistics must not depend on the others: every tile of the
+            logits has one shape, whatever the number of tokens.
         product: Who makes the product of hidden states and head ("triton"): "epilogue" for a kernel
             with the loss in its epilogue, "tile" for the vendor's library.
         sums_hidden: Whether ranks sum their parts of the hidden states' gradient, in float32.
@@ -73,6 +79,7 @@ class Problem:
     softcap: bool = False
     class_weight: bool = False
     entropy: bool = False
+    batch_invariant: bool = False
     product: str = "epilogue"
     sums_hidden: bool = False
     budget_bytes: int = DEFAULT_MEMORY_BUDGET_MIB * 2**20
@@ -135,6 +142,8 @@ class Problem:
 
     def rounded(self) -> Problem:
         """With a token count, and so a plan, that batches of about the same size share."""
+        if self.batch_invariant:
+            return replace(self, num_tokens=_INVARIANT_TOKENS)
         if self.impl != "triton":
             return self
         step = max(_ROUND_TO, 1 << max(self.num_tokens.bit_length() - 5, 0))

@@ -57,6 +57,7 @@ class Schedule:
             the tile is gone, where that was; otherwise by the last chunk's product.
         product_bytes: Memory for the products of hidden states and head that the vendor's library
             makes ("triton"); 0 where kernels make them.
+        batch_invariant: Whether a tile that is not full is padded to the shape of the others.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Schedule:
     reason: str
     late_rounding: bool = False
     product_bytes: int = 0
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         return (
@@ -299,6 +301,7 @@ class _Planner:
             reason=f"{_REASONS[name]}; {verdict}",
             late_rounding=self.is_late(name, tile),
             product_bytes=problem.product_bytes,
+            batch_invariant=problem.batch_invariant,
         )
 
 

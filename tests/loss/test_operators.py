@@ -16,8 +16,8 @@ from hf_fused_head.records import flatten
 def head_arguments(needs_grad: bool) -> HeadArguments:
     tensors = Problem().tensors(torch.float32)
     hidden = tensors["hidden"].view(-1, 8).requires_grad_(needs_grad)
-    head = [hidden], [tensors["weight"]], tensors["bias"], None, tensors["target"]
-    return HeadArguments(*head, -100, 0.5, 3.0, 0.1, "torch", 2**20, "", True)
+    head = [hidden], [tensors["weight"]], tensors["bias"], None, None, tensors["target"]
+    return HeadArguments(*head, -100, 0.5, 3.0, 0.1, "torch", 2**20, "", True, False)
 
 
 def test_the_operators_keep_their_contracts() -> None:

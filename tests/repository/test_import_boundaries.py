@@ -46,18 +46,24 @@ ALLOWED: dict[str, set[str]] = {
     "run_record": {"engines.select", "planning"},
     "ops": LEAVES | PLANNING | {"objective", "engines.protocol", "engines.select", "run_record"},
     "flops": {"ops", "objective", "engines.protocol", "records"},
-    "autograd": {"ops", "flops", "objective", "engines.protocol", "records", "transforms"},
+    "autograd": {"ops", "transforms"},
+    "row_autograd": {
+        *{"autograd", "ops", "flops", "objective", "engines.protocol", "records", "transforms"}
+    },
     "functional": LEAVES
     | PLANNING
-    | {"ops", "flops", "autograd", "objective", "engines.protocol", "validation"},
+    | {"ops", "flops", "autograd", "row_autograd", "objective", "validation"},
+    "log_probs": LEAVES | PLANNING | {"ops", "row_autograd", "objective", "validation"},
     "divergence": LEAVES
     | PLANNING
     | {"autograd", "kl_objective", "run_record", "validation", "engines.protocol"}
     | {"engines.select", "engines.reference_divergence", "engines.torch_engine"},
     "nn": {"functional", "options"},
-    "patches": LEAVES | PLANNING | {"functional", "nn", "engines.select", "run_record"},
+    "patches": LEAVES
+    | PLANNING
+    | {"functional", "log_probs", "nn", "engines.select", "run_record"},
     "trainer": LEAVES | {"functional", "patches", "distributed.sharded_checkpoint"},
-    "benchmark": LEAVES | PLANNING | {"functional", "nn", "patches", "engines.select"},
+    "benchmark": LEAVES | PLANNING | {"functional", "log_probs", "nn", "patches", "engines.select"},
     "commands": LEAVES | {"benchmark", "patches"},
     "cli": LEAVES | {"commands"},
 }

@@ -120,7 +120,8 @@ def planned(
     labels = torch.empty(operands.inputs[0].shape[0], device=operands.inputs[0].device)
     wanted = wanted or Wanted()
     options = (-100, operands.logit_scale, operands.softcap, 0.1 * wanted.smooth, impl)
-    head = HeadArguments(*operands[:4], labels, *options, budget_bytes(memory_budget_mib), "", True)
+    rest = (budget_bytes(memory_budget_mib), "", True, False)
+    head = HeadArguments(*operands[:4], operands.row_scale, labels, *options, *rest)
     return head.schedule(operands, needs, wanted, per_token)
 
 

@@ -43,6 +43,36 @@ def row_stats(
     speculation: Speculation | None = None,
 ) -> RowStats:
     """See `Engine.row_stats`: one pass over the whole head that keeps only row statistics."""
+    chunk, num_tokens = schedule.chunk_tokens, labels.shape[0]
+    whole = num_tokens // chunk * chunk if schedule.batch_invariant else num_tokens
+    parts = _row_stats(operands.rows(slice(0, whole)), labels[:whole], wanted, schedule)
+    if whole < num_tokens:
+        rest = _padded(operands.rows(slice(whole, num_tokens)), labels[whole:], chunk)
+        padded = _row_stats(*rest, wanted, schedule)
+        parts += [RowStats(*(t[: num_tokens - whole] for t in part)) for part in padded]  # type: ignore[index]
+    return _joined(parts)
+
+
+def _padded(operands: Operands, labels: Tensor, num_rows: int) -> tuple[Operands, Tensor]:
+    """With more rows, whose results do not count.
+
+    A product's order of summation depends on its shape: one shape for all tiles gives a row the
+    same bits in every batch.
+    """
+    missing = num_rows - labels.shape[0]
+
+    def longer(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:])))
+
+    scale = None if operands.row_scale is None else longer(operands.row_scale)
+    inputs = [longer(hidden) for hidden in operands.inputs]
+    return operands._replace(inputs=inputs, row_scale=scale), longer(labels)
+
+
+def _row_stats(
+    operands: Operands, labels: Tensor, wanted: Wanted, schedule: Schedule
+) -> list[RowStats]:
+    """The statistics of all rows, chunk by chunk."""
     chunk, window = schedule.chunk_tokens, schedule.vocab_window
     local_vocab_size = operands.local_vocab_size
     products = Products(operands, chunk, window)
@@ -50,14 +80,14 @@ def row_stats(
     scratch = scratch_beside(memory, window)
     parts = []
     for rows in slices(labels.shape[0], chunk):
-        statistics = RowStatistics(operands, labels[rows], memory, wanted)
+        statistics = RowStatistics(operands.rows(rows), labels[rows], memory, wanted)
         for columns in slices(local_vocab_size, window):
             tile = tile_of(memory, rows, columns)
             products.logits(rows, columns, tile)
             for part in blocks_of(tile, window):
                 statistics.update(tile[part], columns.start, scratch, part)
         parts.append(statistics.finish()[0])
-    return _joined(parts)
+    return parts
 
 
 def stats_and_grads(
@@ -117,7 +147,8 @@ def _gradient_in_forward(
             products.logits(rows, columns, tile[:, columns])
         for part in blocks_of(tile, operands.shard.largest(local_vocab_size)):
             here = slice(rows.start + part.start, rows.start + part.stop)
-            statistics = RowStatistics(operands, labels[here], memory, wanted)
+            part_operands = operands.rows(here)
+            statistics = RowStatistics(part_operands, labels[here], memory, wanted)
             exps = statistics.update(tile[part], 0, scratch, slice(None))
             stats, share = statistics.finish()
             parts.append(stats)
@@ -126,7 +157,7 @@ def _gradient_in_forward(
                 weights.rows(here).upstream(stats.lse),
                 operands.vocab_size,
                 operands.class_weight,
-            ).scaled(operands.logit_scale)
+            ).scaled(part_operands.slope)
             finish_gradient(
                 tile[part], exps, gradient, stats.entropy, operands, labels[here], 0, scratch
             )
@@ -155,7 +186,7 @@ def _recompute(
     scratch = scratch_beside(memory, window)
     upstream = Upstream(*grads.into_range(operands, *upstream))
     gradient = row_gradient(stats, upstream, operands.vocab_size, operands.class_weight)
-    gradient = gradient.scaled(operands.logit_scale)
+    gradient = gradient.scaled(operands.slope)
     for columns in slices(operands.local_vocab_size, window):
         for rows in slices(labels.shape[0], chunk):
             tile = tile_of(memory, rows, columns)
@@ -163,7 +194,7 @@ def _recompute(
             for part in blocks_of(tile, window):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 block, entropy = tile[part], stats.entropy[here]
-                exps = exponentials(block, stats.lse[here], operands.softcap, scratch)
+                exps = exponentials(block, stats.lse[here], operands, here, scratch)
                 part_gradient = gradient.rows(here)
                 place = (labels[here], columns.start, scratch)
                 finish_gradient(block, exps, part_gradient, entropy, operands, *place)

@@ -173,7 +173,30 @@ class Correct(Statistic):
         return total == 0
 
 
-STATISTICS = (Smooth, Entropy, Correct)
+class LogSumSq(Statistic):
+    """Logarithm of the sum of p_j squared."""
+
+    field = "log_sum_sq"
+
+    def __init__(self, operands: Operands, sums: Sums) -> None:
+        super().__init__(operands, sums)
+        self.squares = torch.zeros_like(sums.row_max)  # of exp(z_j - row_max)
+
+    def rescale(self, new: NewMaximum) -> None:
+        self.squares[new.rows] *= (2 * new.drop).exp()
+
+    def add_exponentials(self, exps: Tensor, scratch: Scratch, rows: slice) -> None:
+        squares = torch.mul(exps, exps, out=scratch.block(1, *exps.shape))
+        self.squares[rows] += squares.sum(dim=1)
+
+    def part(self, merged: Merged) -> Tensor:
+        return merged.share.square() * self.squares
+
+    def value(self, total: Tensor) -> Tensor:
+        return total.log()
+
+
+STATISTICS = (Smooth, Entropy, Correct, LogSumSq)
 
 
 def wanted_statistics(operands: Operands, sums: Sums, wanted: Wanted) -> list[Statistic]:

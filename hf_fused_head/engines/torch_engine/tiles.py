@@ -38,7 +38,7 @@ class RowStatistics:
         """Starts without any column.
 
         Args:
-            operands: The head; softcap, class weights and shard are read here.
+            operands: The head at these rows; all but the matrices and the bias is read here.
             labels: [rows] int64, columns of this rank's logits or beyond them.
             like: Any tensor of the dtype and device of the tiles.
             wanted: Which statistics to make beside nll and lse.
@@ -65,9 +65,7 @@ class RowStatistics:
         Returns:
             `exp(z - row_max)`, 0 at the target, [n, columns]; with softcap in scratch block 0.
         """
-        logits, softcap = block, self.operands.softcap
-        if softcap is not None:
-            logits = softcapped(block, softcap, scratch)
+        logits = finished_logits(block, self.operands, rows, scratch)
         sums = self.sums.of(rows)
         column, inside = locate(sums.labels, first, block.shape[1])
         here = logits.gather(1, column[:, None])[:, 0]
@@ -138,10 +136,18 @@ class RowStatistics:
         return {statistic.field: statistic.value(total) for statistic, total in pairs}
 
 
-def exponentials(block: Tensor, lse: Tensor, softcap: float | None, scratch: Scratch) -> Tensor:
-    """`exp(z - lse)`: in place, or with softcap in scratch block 0, where `block` stays."""
+def exponentials(
+    block: Tensor, lse: Tensor, operands: Operands, rows: slice, scratch: Scratch
+) -> Tensor:
+    """`exp(z - lse)` of some rows, where `finished_logits` leaves z."""
+    return finished_logits(block, operands, rows, scratch).sub_(lse[:, None]).exp_()
+
+
+def finished_logits(block: Tensor, operands: Operands, rows: slice, scratch: Scratch) -> Tensor:
+    """The logits of some rows: in place, or with softcap in scratch block 0, and `block` stays."""
+    softcap, scale = operands.softcap, operands.row_scale
     logits = block if softcap is None else softcapped(block, softcap, scratch)
-    return logits.sub_(lse[:, None]).exp_()
+    return logits if scale is None else logits.mul_(scale[rows, None])
 
 
 def softcapped(block: Tensor, softcap: float, scratch: Scratch) -> Tensor:
@@ -165,7 +171,7 @@ def finish_gradient(
         block: [n, columns], the memory of `exps`, or with softcap the argument of its tanh;
             overwritten.
         exps: [n, columns], p up to a factor that is in `gradient`; overwritten.
-        gradient: Of these rows, times the logit scale.
+        gradient: Of these rows, times `Operands.slope`.
         entropy: [n], of these rows, where `gradient` has a term of it.
         operands: The head.
         labels: [n] int64.

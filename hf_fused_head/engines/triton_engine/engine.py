@@ -86,6 +86,10 @@ def row_stats(
     speculation: Speculation | None = None,
 ) -> RowStats:
     """See `Engine.row_stats`: one pass that stores no tile."""
+    if wanted.log_sum_sq:
+        raise NotImplementedError(
+            "`outputs` must leave out 'log_sum_sq_probs' for impl='triton': use impl='torch'"
+        )
     call = _call(operands, labels, schedule, speculation)
     outputs = call.outputs(wanted, factor=False, correction=True)
     with _on_device(labels.device):
@@ -188,6 +192,11 @@ def _call(
         raise NotImplementedError(
             f"`operands` must hold at most two pairs for impl='triton', got "
             f"{len(operands.inputs)}: use impl='torch'"
+        )
+    if operands.row_scale is not None:
+        raise NotImplementedError(
+            "`temperature` must be a number for impl='triton', got one for each token: use "
+            "impl='torch'"
         )
     hidden, *low = [_unit_stride(matrix) for matrix in operands.inputs]
     weight, *low_weight = [_unit_stride(matrix) for matrix in operands.weights]

@@ -266,7 +266,7 @@ def kept_gradients(
     lse = outputs.lse.masked_fill(ignored, float("inf"))
     weights = weights.without(ignored)
     unused = lse.new_empty(0)
-    stats = RowStats(outputs.nll, lse, unused, unused, unused, outputs.correction)
+    stats = RowStats(outputs.nll, lse, unused, unused, unused, unused, outputs.correction)
     gradient = row_gradient(call, stats, weights.upstream(outputs.lse))
     recomputed_gradients(call, gradient, kept, window, totals, results)
 
