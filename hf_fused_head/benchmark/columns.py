@@ -23,6 +23,11 @@ def mebibytes(nbytes: int | None) -> str:
     return f"{nbytes / _MIB:.0f}" if nbytes >= 10 * _MIB else f"{nbytes / _MIB:.2f}"
 
 
+def gibibytes(nbytes: int) -> str:
+    """Bytes in GiB with two digits."""
+    return f"{nbytes / 2**30:,.2f}"
+
+
 def _verdict(row: Row) -> str:
     failed = (row["check"] or "passed") != "passed"
     return "error > 2x stock" if failed else row["check"] or ""

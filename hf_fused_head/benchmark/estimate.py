@@ -30,12 +30,14 @@ class HeadShape:
         hidden_size: H, columns of the head.
         vocab_size: V, rows of the head.
         dtype: Dtype of the weights, as the source states it.
+        softcap: Whether the logits are capped.
     """
 
     name: str
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype
+    softcap: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def estimate(
         product=choice.product,
         grad_weight=not frozen_head,
         per_token=per_token,
+        softcap=shape.softcap,
         sums_hidden=shared_hidden,
         budget_bytes=budget_bytes(memory_budget_mib),
     )

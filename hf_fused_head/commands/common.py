@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +80,22 @@ def console() -> Console:
     """A console as wide as the terminal; wide enough for every table in a pipe."""
     # A pipe has no width: wide enough for every table there, instead of 80 columns of ellipses.
     return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def say(line: str) -> None:
+    """Prints words, which wrap at the width of the console."""
+    console().print(line, highlight=False, markup=False)
+
+
+# What arguments of functions are called on the command line.
+_OPTIONS = {"`impl`": "`--impl`", "`memory_budget_mib`": "`--budget-mib`", "`contender`": "`-c`"}
+
+
+def in_options(message: str) -> str:
+    """The message of a function, in the words of the command line."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return re.sub(r"\bimpl='(\w+)'", r"`--impl \1`", message)
 
 
 def progress_bar() -> Progress:
