@@ -121,6 +121,8 @@ class MetaTraining:
             with LiveBytes() as body:
                 output = base(input_ids=tokens, use_cache=False, return_dict=True)
                 at_head = len(body.line) - 1
+                if output[0].shape[-1] != self.head_sizes[0]:
+                    raise ValueError("the body does not return the hidden states of the head")
                 # One row of logits: all gradients of a step, and nothing of its loss.
                 model.get_output_embeddings()(output[0][:, -1:]).sum().backward()
             model.zero_grad()
@@ -147,10 +149,10 @@ class MetaTraining:
             TypeError,
             ValueError,
         ) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(
                 "`MODEL_OR_CONFIG` must describe a model that runs on shapes alone with --memory, "
-                f"got a {self._name}: {first}; plan its head with --tokens"
+                f"got a {self._name} ({type(error).__name__}: {first}): plan its head with --tokens"
             ) from error
 
 

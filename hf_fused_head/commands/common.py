@@ -88,7 +88,11 @@ def say(line: str) -> None:
 
 
 # What arguments of functions are called on the command line.
-_OPTIONS = {"`impl`": "`--impl`", "`memory_budget_mib`": "`--budget-mib`", "`contender`": "`-c`"}
+_OPTIONS = {
+    "`impl`": "`--impl`",
+    "`memory_budget_mib`": "`--budget-mib`",
+    "`load_in_4bit`": "`--load-in-4bit`",
+}
 
 
 def in_options(message: str) -> str:

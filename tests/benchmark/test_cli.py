@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -150,7 +151,9 @@ def test_plan_knows_what_a_card_is_too_old_for(
         assert json.loads(file.read_text())["impl"] == impl
     options = ("--tokens", 64, "--card", "T4", "--dtype", "bfloat16", "--impl", "triton")
     assert run("plan", "smoke", *options) == 2
-    assert "compute capability 8.0 or newer, NVIDIA T4 has 7.5" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "compute capability 8.0 or newer, NVIDIA T4 has 7.5" in error
+    assert "`--impl` must support the card" in error and "use `--impl auto`" in error
 
 
 def test_plan_of_one_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,8 +237,9 @@ def test_plan_refuses_a_model_without_a_causal_head(
     name: str, settings: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_config(tmp_path, name, **settings)
-    for source in (folder, folder / "config.json"):
-        assert run("plan", source, "--tokens", 10) == 2
+    sources = (folder, folder / "config.json")
+    for source, option in itertools.product(sources, (("--tokens", 10), ("--memory", "1GiB"))):
+        assert run("plan", source, *option) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "`MODEL_OR_CONFIG` must describe a causal language model" in error
@@ -309,11 +313,18 @@ def test_doctor_exits_with_1_when_a_check_fails(
         (("bench", "smoke", "--plot", "x.gif"), "`--plot` must end in"),
         (("bench", "--from-json", "no-such-file"), "`--from-json` must be a file"),
         (("bench", "smoke", "--json", "no/such/folder/x.json"), "does not exist"),
-        (("plan", "llama3-8b"), "Missing option '--tokens'"),
+        (("plan", "llama3-8b"), "one of `--tokens` and `--memory` must be given, got none"),
+        (("plan", "smoke", "--tokens", "1", "--memory", "1GiB"), "must be given, got both"),
+        (("plan", "smoke", "--memory", "much"), "`--memory` must be a size above 0 with its unit"),
+        (("plan", "smoke", "--memory", "1GiB", "--tp", "2"), "`--tp` must be left out with"),
+        (("plan", "smoke", "--tokens", "1", "--load-in-4bit"), "`--load-in-4bit` must be left out"),
+        (("plan", "smoke", "--memory", "1GiB", "--load-in-4bit", "--training", "full"), "LoRA"),
+        (("plan", "./no-such-model", "--memory", "1GiB"), "there is no file"),
+        (("plan", "nobody/no-such-model", "--memory", "1GiB"), "no config of a known model"),
         (("plan", "llama3-8b", "--tokens", "0"), "--tokens"),
         (("plan", "./no-such-model", "--tokens", "1"), "there is no file"),
         (("plan", "nobody/no-such-model", "--tokens", "1"), "no config of a known model"),
-        (("plan", "llama3-8b", "--tokens", "1", "--impl", "cuda"), "`impl` must be one of"),
+        (("plan", "llama3-8b", "--tokens", "1", "--impl", "cuda"), "--impl"),
         (("plan", "llama3-8b", "--tokens", "1", "--device", "tpu"), "`--device` must be"),
         (("models", "--no-such-option",), "No such option"),
         (("no-such-command",), "No such command"),
