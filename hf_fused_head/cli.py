@@ -1,4 +1,4 @@
-"""`hf-fused-head`: doctor, models, plan, bench; each command is a file of `commands`."""
+"""`hf-fused-head`: doctor, models, plan, bench and bench compare, each a file of `commands`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_fused_head.commands.bench import bench
 from hf_fused_head.commands.common import UserError, fail
+from hf_fused_head.commands.compare import compare
 from hf_fused_head.commands.doctor import doctor
 from hf_fused_head.commands.models import models
 from hf_fused_head.commands.plan import plan
@@ -16,11 +18,26 @@ from hf_fused_head.commands.plan import plan
 app = typer.Typer(
     name="hf-fused-head",
     help="The loss of a causal language model inside its LM head: check, plan and measure it.",
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (doctor, models, plan, bench):
+for _command in (doctor, models, plan):
     app.command()(_command)
+
+
+class _BenchGroup(TyperGroup):
+    """`bench WORKLOAD...` means `bench run WORKLOAD...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Names the command where only its arguments are given."""
+        return super().parse_args(ctx, args if args[:1] == ["compare"] else ["run", *args])
+
+
+bench_app = typer.Typer(cls=_BenchGroup, rich_markup_mode="markdown")
+bench_app.command("run")(bench)
+bench_app.command("compare")(compare)
+app.add_typer(bench_app, name="bench", help=bench.__doc__)
 
 # The base of typer's usage errors; some releases of typer carry a click of their own, so that the
 # class is reached through the one name that all of them export.

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from hf_fused_head.benchmark.columns import mebibytes
-from hf_fused_head.benchmark.report import plain_table
+from hf_fused_head.benchmark.terminal import Grid
 from hf_fused_head.benchmark.workloads import WORKLOADS
 from hf_fused_head.engines.select import HOW, Choice, product_on, resolve_impl
 from hf_fused_head.options import FLOAT_DTYPES
@@ -284,7 +283,7 @@ def rank_line(rank: dict) -> str:
     )
 
 
-def table(content: dict) -> Table:
+def table(content: dict) -> Grid:
     """The stock head and every schedule of a document, for a terminal."""
     columns = (
         "schedule",
@@ -311,4 +310,5 @@ def table(content: dict) -> Table:
         ]
         for option in (content["stock"], *content["schedules"])
     ]
-    return plain_table("one training step of the head", columns, rows)
+    words = ("schedule", "chosen", "fits", "reason")
+    return Grid("one training step of the head", columns, rows, words=words)

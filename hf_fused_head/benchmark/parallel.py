@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 from hf_fused_head.benchmark import (
     contenders,
     environment,
@@ -29,6 +27,7 @@ from hf_fused_head.benchmark import (
 )
 from hf_fused_head.benchmark.files import refuse_overwriting
 from hf_fused_head.benchmark.ranks import Ranks, joined
+from hf_fused_head.benchmark.terminal import console
 from hf_fused_head.benchmark.workloads import WORKLOADS
 from hf_fused_head.options import Impl
 
@@ -165,11 +164,11 @@ def _show(content: dict, markdown: bool) -> None:
     if markdown:
         print(report.markdown(content), end="")
         return
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    out = console()
     for line in report.header_lines(content["header"]):
-        console.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False)
     for table in report.tables(content):
-        console.print(table)
+        out.print(table)
 
 
 if __name__ == "__main__":

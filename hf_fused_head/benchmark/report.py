@@ -9,11 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-
 from hf_fused_head.benchmark.columns import WORDS, cells, columns_of, mebibytes, number
 from hf_fused_head.benchmark.suite import Record
+from hf_fused_head.benchmark.terminal import Grid
 
 if TYPE_CHECKING:
     from hf_fused_head.patches import SupportRow
@@ -32,34 +30,35 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plain_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """A table for a terminal whose cells are taken literally."""
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table, all cells as given."""
     columns = list(columns)
     return "\n".join([_line(columns), "|---" * len(columns) + "|", *(_line(row) for row in rows)])
 
 
-def support_table(rows: Sequence[SupportRow]) -> Table:
+def support_table(rows: Sequence[SupportRow]) -> Grid:
     """Every row for a terminal: what is known of the family, or why it is not fused."""
-    columns = ("family", "classes", "status", "facts", "ways compared")
+    columns = ("family", "classes", "support", "calls")
     cells = [
         (
             row.family,
             ", ".join(row.classes),
-            ": ".join(filter(None, (row.status, row.reason))),
-            ", ".join(filter(None, (row.scale, row.softcap, row.shift, row.extras))),
+            "; ".join(
+                filter(
+                    None, (row.status, row.scale, row.softcap, row.shift, row.extras, row.reason)
+                )
+            ),
             str(row.scenarios),
         )
         for row in rows
     ]
-    return plain_table("model families of transformers", columns, cells)
+    title = "model families of transformers; calls: how many were compared with the stock model"
+    return Grid(title, columns, cells, words=columns[:-1])
+
+
+def _support(row: SupportRow) -> str:
+    parts = (row.status, row.reason, row.scale, row.softcap, row.shift, row.extras)
+    return "; ".join(filter(None, parts))
 
 
 def support_markdown(rows: Sequence[SupportRow]) -> str:
@@ -106,22 +105,23 @@ def document(header: dict, records: Iterable[Record]) -> dict:
     return {"header": header, "results": [asdict(record) for record in records]}
 
 
-def load(path: Path) -> dict:
+def load(path: Path, name: str = "--from-json") -> dict:
     """A document from a JSON file.
+
+    Args:
+        path: Of the file.
+        name: What the caller calls it, for messages.
 
     Raises:
         ValueError: If the file is not one that `bench --json` wrote.
     """
+    refusal = f"`{name}` must be a file of `bench --json`, got {path}"
     try:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"`--from-json` must be a file of `bench --json`, got {path}: {error}"
-        ) from error
+        raise ValueError(f"{refusal}: {error}") from error
     if not isinstance(content, dict) or not {"header", "results"} <= content.keys():
-        raise ValueError(
-            f"`--from-json` must be a file of `bench --json`, got {path}: no header or no results"
-        )
+        raise ValueError(f"{refusal}: no header or no results")
     return content
 
 
@@ -168,22 +168,25 @@ def _brief(commit: str) -> str:
     return digest[:12] + plus + changes
 
 
-def tables(content: dict) -> list[Table]:
+def tables(content: dict) -> list[Grid]:
     """One table a case, for a terminal."""
-    made, columns = [], columns_of(content)
-    for title, rows in cases_of(content).items():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in columns:
-            words = column in WORDS
-            table.add_column(column, justify="left" if words else "right", no_wrap=not words)
-        for row in rows:
-            ours = row["contender"].startswith("ours")
-            bad = row["status"] == "ok" and (row["check"] or "passed") != "passed"
-            table.add_row(
-                *map(escape, cells(row, columns)), style="red" if bad else "bold" if ours else ""
-            )
-        made.append(table)
-    return made
+    columns = columns_of(content)
+    return [
+        Grid(
+            title,
+            list(columns),
+            [cells(row, columns) for row in rows],
+            words=WORDS,
+            styles=[_style(row) for row in rows],
+        )
+        for title, rows in cases_of(content).items()
+    ]
+
+
+def _style(row: dict) -> str:
+    if row["status"] == "ok" and (row["check"] or "passed") != "passed":
+        return "red"
+    return "bold" if row["contender"].startswith("ours") else ""
 
 
 def markdown(content: dict) -> str:

@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from rich.table import Table
 
 from hf_fused_head.benchmark import accuracy, contenders, measure
 from hf_fused_head.benchmark.accuracy import Errors, Result
 from hf_fused_head.benchmark.columns import number
-from hf_fused_head.benchmark.report import plain_table
+from hf_fused_head.benchmark.terminal import Grid
 from hf_fused_head.benchmark.workloads import Batch, Workload, make_batch
 from hf_fused_head.engines.select import resolve_impl
 
@@ -117,7 +116,7 @@ def lines(content: dict) -> list[str]:
     return versions + devices
 
 
-def tables(content: dict) -> list[Table]:
+def tables(content: dict) -> list[Grid]:
     """What "auto" chooses, and the evidence of the self-check."""
     names = ("dtype", "impl", "reason")
     choices = [[choice[name] for name in names] for choice in content["auto"]]
@@ -141,9 +140,10 @@ def tables(content: dict) -> list[Table]:
         "second call ms",
         "reason",
     )
+    words = ("impl", "dtype", "status", "reason")
     return [
-        plain_table(f"impl='auto' on {content['checked_device']}", names, choices),
-        plain_table("self-check against float64", columns, rows),
+        Grid(f"impl='auto' on {content['checked_device']}", names, choices, words=names),
+        Grid("self-check against float64", columns, rows, words=words, keys=2),
     ]
 
 

@@ -41,13 +41,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from hf_fused_head.benchmark.columns import gibibytes
 from hf_fused_head.benchmark.estimate import HeadShape, estimate
 from hf_fused_head.benchmark.meta_training import KINDS, MetaTraining, Training
 from hf_fused_head.benchmark.model_configs import CONFIGS
-from hf_fused_head.benchmark.report import plain_table
+from hf_fused_head.benchmark.terminal import Grid
 from hf_fused_head.options import FLOAT_DTYPES
 
 # How near a plan is to the peak that torch's allocator measures.
@@ -237,11 +236,11 @@ def headline(content: dict) -> str:
     )
 
 
-def table(content: dict) -> Table:
+def table(content: dict) -> Grid:
     """The records of a document, for a terminal."""
     columns = (
-        *("head", "training", "fits", "max tokens", "total", "weights", "optimizer"),
-        *("activations", "head ", "backward"),
+        *("head", "training", "fits", "max tokens", "total", "weights", "AdamW"),
+        *("saved", "at head", "backward"),
     )
     rows = [
         [
@@ -256,4 +255,5 @@ def table(content: dict) -> Table:
         ]
         for record in content["records"]
     ]
-    return plain_table("longest batch whose training step fits; GiB", columns, rows)
+    title = "longest batch whose training step fits; GiB, saved: activations at the head's call"
+    return Grid(title, columns, rows, words=("head", "training", "fits"), keys=2)

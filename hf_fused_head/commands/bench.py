@@ -31,7 +31,11 @@ class Format(str, Enum):
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORKLOAD]...", help="Names; default: those meant for the device."),
+        typer.Argument(
+            metavar="[WORKLOAD]...",
+            help="Names; default: those meant for the device.",
+            autocompletion=common.workload_names,
+        ),
     ] = None,
     contender: Annotated[
         list[str] | None,
@@ -82,6 +86,8 @@ def bench(
 ) -> None:
     """Measure contenders side by side: time, peak memory, error, distance from bare products.
 
+    Two saved runs: hf-fused-head bench compare OLD.json NEW.json
+
     On several ranks: torchrun --nproc-per-node=2 -m hf_fused_head.benchmark.parallel --help
     """
     common.refuse_overwriting(json_file, plot, force=force)
@@ -105,7 +111,7 @@ def bench(
         entrants = contenders.entrants(names, budget_mib or [])
         content = None if from_json is None else report.load(from_json)
     except (ValueError, ImportError) as error:
-        raise common.UserError(str(error)) from error
+        raise common.UserError(common.in_options(str(error))) from error
     if content is None:
         settings = suite.Settings(repeats, warmup, check, every_schedule, seed)
         content = _measure(cases, entrants, settings, target, commit, json_file)
@@ -163,8 +169,7 @@ def _show_bench(content: dict, form: Format) -> None:
     if form is not Format.table:
         typer.echo((report.markdown if form is Format.markdown else report.matrix)(content))
         return
-    console = common.console()
     for line in report.header_lines(content["header"]):
-        console.print(line, highlight=False, markup=False)
+        common.say(line)
     for table in report.tables(content):
-        console.print(table)
+        common.console().print(table)

@@ -11,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_fused_head.benchmark.model_configs import CONFIGS
+from hf_fused_head.benchmark.terminal import console
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,6 +25,11 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu or cuda; default: the first GPU, else the CPU."),
 ]
+
+
+def workload_names(incomplete: str) -> list[str]:
+    """For the completion of shells."""
+    return [name for name in CONFIGS if name.startswith(incomplete)]
 
 
 class UserError(Exception):
@@ -76,12 +84,6 @@ def write_json(file: Path | None, content: dict) -> None:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 
-def console() -> Console:
-    """A console as wide as the terminal; wide enough for every table in a pipe."""
-    # A pipe has no width: wide enough for every table there, instead of 80 columns of ellipses.
-    return Console() if sys.stdout.isatty() else Console(width=200)
-
-
 def say(line: str) -> None:
     """Prints words, which wrap at the width of the console."""
     console().print(line, highlight=False, markup=False)
@@ -90,6 +92,7 @@ def say(line: str) -> None:
 # What arguments of functions are called on the command line.
 _OPTIONS = {
     "`impl`": "`--impl`",
+    "`contender`": "`--contender`",
     "`memory_budget_mib`": "`--budget-mib`",
     "`load_in_4bit`": "`--load-in-4bit`",
 }

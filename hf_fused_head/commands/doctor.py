@@ -38,11 +38,10 @@ def doctor(
             "auto": [asdict(choice) for choice in self_check.auto_choices(target)],
             "checks": [asdict(check) for check in self_check.self_checks(target)],
         }
-    console = common.console()
     for line in self_check.lines(content):
-        console.print(line, highlight=False, markup=False)
+        common.say(line)
     for table in self_check.tables(content):
-        console.print(table)
+        common.console().print(table)
     common.write_json(json_file, content)
     if any(check["status"] == "failed" for check in content["checks"]):
         raise typer.Exit(common.fail("a self-check failed", 1))

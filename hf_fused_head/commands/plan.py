@@ -48,6 +48,7 @@ def plan(
         typer.Argument(
             metavar="MODEL_OR_CONFIG",
             help="Hub name, model folder, config file, or the name of a bench workload.",
+            autocompletion=common.workload_names,
         ),
     ],
     tokens: Annotated[
@@ -63,7 +64,9 @@ def plan(
     budget_mib: Annotated[
         int | None, typer.Option("--budget-mib", min=1, help="Workspace the head may use.")
     ] = None,
-    impl: Annotated[Impl, typer.Option("--impl", help="Who computes the loss.")] = Impl.auto,
+    impl: Annotated[
+        Impl, typer.Option("--impl", metavar="IMPL", help="auto, triton, torch or reference.")
+    ] = Impl.auto,
     device: DeviceOption = None,
     card: Annotated[
         str | None,
@@ -97,21 +100,27 @@ def plan(
     ] = 1,
     training: Annotated[
         list[Kind] | None,
-        typer.Option("--training", help="Default: both.", rich_help_panel=_STEP),
-    ] = None,
-    checkpointing: Annotated[
-        bool,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            help="Recompute layers in the backward.",
+            "--training",
+            metavar="KIND",
+            help="full or lora; repeat for both, the default.",
             rich_help_panel=_STEP,
         ),
-    ] = True,
+    ] = None,
+    no_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--no-checkpointing",
+            help="Keep what layers compute, instead of recomputing it in the backward.",
+            rich_help_panel=_STEP,
+        ),
+    ] = False,
     optimizer_dtype: Annotated[
         StateDtype | None,
         typer.Option(
             "--optimizer-dtype",
-            help="Of AdamW's states; default: that of each trained weight, as in torch.",
+            metavar="DTYPE",
+            help="Of AdamW's states, float32 or bfloat16; default: that of each trained weight.",
             rich_help_panel=_STEP,
         ),
     ] = None,
@@ -158,7 +167,7 @@ def plan(
             content = _plan_head(model, tokens, chosen, (tp, fsdp, sp), **rank, **head)
         else:
             step = {
-                "checkpointing": checkpointing,
+                "checkpointing": not no_checkpointing,
                 "optimizer_dtype": optimizer_dtype and common.dtype_named(optimizer_dtype.value),
                 "load_in_4bit": load_in_4bit,
                 "lora_rank": lora_rank,

@@ -304,7 +304,7 @@ def test_doctor_exits_with_1_when_a_check_fails(
     ("arguments", "message"),
     [
         (("bench", "nope"), "`WORKLOAD` must be one of"),
-        (("bench", "smoke", "-c", "nope"), "`contender` must be one of"),
+        (("bench", "smoke", "-c", "nope"), "`--contender` must be one of"),
         (("bench", "smoke", "-c", "ours@much"), "whole MiB"),
         (("bench", "smoke", "--mode", "bwd"), "`--mode` must be one of"),
         (("bench", "smoke", "--dtype", "int8"), "`--dtype` must be one of"),
