@@ -14,7 +14,6 @@ one's part of the optimizer as if all ranks had it.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -36,8 +35,8 @@ from hf_fused_head.distributed.sharded_checkpoint import (
     saves_optimizer_itself,
 )
 from hf_fused_head.options import STAT_NAMES
-from hf_fused_head.patches import apply_patch, last_stats, patch_report, require_fused
-from hf_fused_head.patches.adapter import options_of, patch_for_trainer
+from hf_fused_head.patches import last_stats, patch_report, require_fused
+from hf_fused_head.patches.adapter import check_keywords, options_of, patch_for_trainer
 
 if TYPE_CHECKING:
     from hf_fused_head.functional import LossStats
@@ -355,13 +354,7 @@ def _checked_options(
 ) -> dict[str, Any]:
     """The keywords for `apply_patch` that are given by name."""
     options = dict(head_options or {})
-    known = inspect.signature(apply_patch).parameters.keys() - {"model"}
-    for key in options:
-        if key not in known:
-            raise TypeError(
-                f"`head_options` must hold keywords of apply_patch, got {key!r}: "
-                f"choose from {', '.join(sorted(known))}"
-            )
+    check_keywords("head_options", options)
     if args is None:
         return options
     if args.use_liger_kernel:

@@ -13,6 +13,7 @@ from .adapter import apply_patch, last_stats, patched, remove_patch
 from .errors import UnsupportedModelError
 from .report import PatchReport, patch_report, require_fused
 from .support import SupportRow, supported_models
+from .trainers import patch_trainer
 
 __all__ = [
     "PatchReport",
@@ -21,6 +22,7 @@ __all__ = [
     "apply_patch",
     "last_stats",
     "patch_report",
+    "patch_trainer",
     "patched",
     "remove_patch",
     "require_fused",

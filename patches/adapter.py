@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast, get_args
 
@@ -195,6 +195,25 @@ def options_of(model: nn.Module) -> PatchOptions:
     if state is not None:
         return state.own_options
     return PatchOptions() if refusal is None else refusal.options
+
+
+def check_keywords(argument: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that `apply_patch` does not take.
+
+    Args:
+        argument: What they were passed as, for the message.
+        options: By name.
+
+    Raises:
+        TypeError: If one is unknown.
+    """
+    known = inspect.signature(apply_patch).parameters.keys() - {"model"}
+    for key in options:
+        if key not in known:
+            raise TypeError(
+                f"`{argument}` must hold keywords of apply_patch, got {key!r}: "
+                f"choose from {', '.join(sorted(known))}"
+            )
 
 
 def patch_for_trainer(model: Model, options: PatchOptions, label_smoothing: float) -> Model:

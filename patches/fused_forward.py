@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy
 
+from hf_fused_head.functional import LossStats
 from hf_fused_head.options import LossOptions, item_count
 from hf_fused_head.transforms import is_exporting
 
 from . import wrappers
 from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
-from .heads import HeadLoss, head_loss
+from .heads import HeadResult, run_head
 from .lazy_logits import ReplicaLogits, UnavailableLogits, lazy_logits
 from .logits_proxy import LogitsProxy, observed_facts, same_facts
 from .origin import is_masked_loss
 from .recompute_logits import RecomputedLogits
 from .registry import Facts
 from .running import LossArguments, LossForward, same
-from .settings import LossSettings
+from .settings import LossSettings, Settings
 from .state import FUSED, LastForward, PatchState
 
 _UNKNOWN_KEYWORDS = frozenset(
@@ -110,11 +111,11 @@ class FusedForward(LossForward):
         hidden = args[0]
         target = self._target(hidden)
         settings, trials = self._settings(), self.state.trials
-        result = head_loss(kind, self.head, stock_forward, hidden, target, settings, trials)
+        result = run_head(kind, self.head, stock_forward, hidden, target, settings, trials)
         self._note(result)
         self.vocab_size = result.vocab_size
         shape = torch.Size((*hidden.shape[:-1], result.vocab_size))
-        self.loss = wrappers.gathered_for_backward(self.head, result.stats.loss)
+        self.loss = wrappers.gathered_for_backward(self.head, self._differentiable(result))
         self.without_grad = not torch.is_grad_enabled()
         # Gathering the outputs of replicas would make the logits of every training step.
         unreadable = self.replica and torch.is_grad_enabled()
@@ -125,14 +126,8 @@ class FusedForward(LossForward):
         return LogitsProxy(self.loss, self, shape, result.dtype, hidden.device)
 
     def _target(self, hidden: Tensor) -> Tensor:
-        """The labels as the stock loss function shifts them, on the device of the head."""
-        labels, shift_labels, _, ignore_index = self.arguments
-        if self.facts.own_loss or is_masked_loss(self.loss_function):
-            target = labels
-        elif shift_labels is None:
-            target = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
-        else:
-            target = shift_labels
+        """The label that each hidden state predicts, on the device of the head."""
+        target = self._shifted_labels()
         # `torch.Size.numel` would make a constant of a length that torch.export leaves open.
         rows = math.prod(hidden.shape[:-1])
         if target.numel() != rows:
@@ -143,7 +138,20 @@ class FusedForward(LossForward):
             )
         return target.to(hidden.device)
 
-    def _settings(self) -> LossSettings:
+    def _shifted_labels(self) -> Tensor:
+        """The labels as the stock loss function shifts them."""
+        labels, shift_labels, _, ignore_index = self.arguments
+        if self.facts.own_loss or is_masked_loss(self.loss_function):
+            return labels
+        if shift_labels is not None:
+            return shift_labels
+        return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+
+    def _differentiable(self, result: HeadResult) -> Tensor:
+        """What the proxy carries from the head to the loss function: the loss."""
+        return cast(LossStats, result.values).loss
+
+    def _settings(self) -> Settings:
         options = self.state.options
         loss_options = LossOptions(
             ignore_index=self.arguments.ignore_index,
@@ -160,17 +168,17 @@ class FusedForward(LossForward):
             options.stats,
         )
 
-    def _note(self, result: HeadLoss) -> None:
+    def _note(self, result: HeadResult) -> None:
         """Leaves behind what `last_stats` and `patch_report` tell."""
-        state = self.state
-        if not state.options.stats:
+        state, stats = self.state, result.values
+        if not (state.options.stats and isinstance(stats, LossStats)):
             state.stats = None
         # Tensors of torch.export are no values.
         elif not is_exporting():
             # The stock forward may add to the loss in place, so the statistics keep their own.
-            loss = result.stats.loss.detach().clone()
+            loss = stats.loss.detach().clone()
             # A plain tuple: before torch 2.13 the compiler cannot carry a named one out.
-            state.stats = (loss, *result.stats[1:])
+            state.stats = (loss, *stats[1:])
         if torch.compiler.is_compiling():
             state.last = None
             return
@@ -275,12 +283,17 @@ class FusedForward(LossForward):
                 f"{[step.name for step in logits.steps]}: leave this model stock (remove_patch)"
             )
 
-    def _finished(self, logits: LogitsProxy) -> Tensor:
+    def _from_head(self, logits: LogitsProxy) -> Tensor:
+        """What the head computed, as its own output has brought it here."""
         loss, made = logits.loss, cast(Tensor, self.loss)
         self._check_graph(loss, made)
         if loss.dtype != made.dtype:
             # FSDP casts a module's outputs: the value is known exactly, the path must stay.
-            loss = _WithValue.apply(loss, made.detach())
+            loss = cast(Tensor, _WithValue.apply(loss, made.detach()))
+        return loss
+
+    def _finished(self, logits: LogitsProxy) -> Tensor:
+        loss = self._from_head(logits)
         num_items = self.arguments.num_items_in_batch
         if isinstance(num_items, Tensor) and num_items.dim():
             return loss.reshape(num_items.shape)
@@ -356,7 +369,7 @@ class _WithValue(torch.autograd.Function):
     def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:
         ctx.dtype = path.dtype
         # Not `clone`, for the reason given in `FinishedLoss`.
-        return value.sum()
+        return value[None].sum(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

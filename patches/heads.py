@@ -23,16 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hf_fused_head.distributed.dtensor import is_dtensor, is_sharded
 from hf_fused_head.engines.select import Choice
 from hf_fused_head.functional import LossStats, operand_cross_entropy
+from hf_fused_head.log_probs import TokenLogProbs, operand_log_probs
 from hf_fused_head.run_record import recording
 from hf_fused_head.transforms import is_batched
 
 from . import wrappers
-from .chunked_head import HeadForward, chunked_cross_entropy
+from .chunked_head import HeadForward, run_in_chunks
 from .class_swap import stock_class
 from .errors import UnsupportedModelError
 from .origin import is_own, is_same_linear
 from .recompute_logits import ComputeMode
-from .settings import LossSettings
+from .settings import Settings, TokenSettings
 from .tensor_parallel import head_rows, whole_hidden
 from .trial import Trials, buffer_versions, fingerprint, keeps_state, try_out, written_since
 
@@ -45,10 +46,10 @@ _NO_LABELS = "nothing to compute, no token has a label"
 _NO_VALUES = "nothing computed, the tensors have no values"
 
 
-class HeadLoss(NamedTuple):
-    """The loss of a head and the metadata of the logits that were not made."""
+class HeadResult(NamedTuple):
+    """What a head computed in the place of logits, and the metadata of those."""
 
-    stats: LossStats
+    values: LossStats | TokenLogProbs
     vocab_size: int
     dtype: torch.dtype
     kind: str
@@ -125,16 +126,16 @@ def _passed_through(module: nn.Module) -> nn.Module | None:
     return children.get("_fsdp_wrapped_module", children.get("_orig_mod"))
 
 
-def head_loss(
+def run_head(
     kind: str,
     head: Any,
     stock_forward: Any,
     hidden: Tensor,
     target: Tensor,
-    settings: LossSettings,
+    settings: Settings,
     trials: Trials,
-) -> HeadLoss:
-    """The loss of `head` on `hidden` without its logits.
+) -> HeadResult:
+    """The loss of `head` on `hidden`, or its values per token, without its logits.
 
     Args:
         kind: What `kind_of` says of the head's class.
@@ -142,7 +143,7 @@ def head_loss(
         stock_forward: The forward of its class as it was before the swap.
         hidden: [..., hidden]; of a sharded model maybe a DTensor.
         target: [...], int64, shifted, on the device of `hidden`.
-        settings: What the loss is and how it may be computed.
+        settings: What is computed, and how.
         trials: Of heads that are not taken apart; a head of a new kind is added.
 
     Raises:
@@ -152,44 +153,59 @@ def head_loss(
     operands = _operands(kind, head, hidden)
     if operands is None:
         forward = functools.partial(stock_forward, head)
-        return _loss_in_chunks(head, forward, _full_hidden(hidden, head), target, settings, trials)
+        return _run_in_chunks(head, forward, _full_hidden(hidden, head), target, settings, trials)
     weight = operands.pairs[0][1]
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
     pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
     compiled = torch.compiler.is_compiling()
     with contextlib.nullcontext() if compiled else recording() as record:
-        stats = operand_cross_entropy(
-            pairs,
-            target,
-            settings.options,
-            linear_bias=operands.bias,
-            num_items=settings.num_items,
-            impl=settings.impl,
-            memory_budget_mib=settings.memory_budget_mib,
-            process_group=operands.group,
-            complete_hidden=operands.complete_hidden,
-            stats=settings.stats,
-        )
+        values = _of_operands(pairs, target, operands, settings)
     ranks = 1 if operands.group is None else operands.group.size()
     if record is None:
-        return HeadLoss(stats, operands.vocab_size, weight.dtype, kind, ranks=ranks)
+        return HeadResult(values, operands.vocab_size, weight.dtype, kind, ranks=ranks)
     dtype = ComputeMode.current(hidden.device.type).result_dtype(weight.dtype)
     ran = str(record.schedule or (_NO_VALUES if record.choice is None else _NO_LABELS))
-    return HeadLoss(stats, operands.vocab_size, dtype, kind, ran, record.choice, ranks)
+    return HeadResult(values, operands.vocab_size, dtype, kind, ran, record.choice, ranks)
+
+
+def _of_operands(
+    pairs: list[tuple[Tensor, Tensor]], target: Tensor, head: LinearOperands, settings: Settings
+) -> LossStats | TokenLogProbs:
+    how: dict[str, Any] = {
+        "linear_bias": head.bias,
+        "impl": settings.impl,
+        "memory_budget_mib": settings.memory_budget_mib,
+        "process_group": head.group,
+        "complete_hidden": head.complete_hidden,
+    }
+    options = settings.options
+    if not isinstance(settings, TokenSettings):
+        what = {"num_items": settings.num_items, "stats": settings.stats}
+        return operand_cross_entropy(pairs, target, options, **what, **how)
+    return operand_log_probs(
+        pairs,
+        target,
+        temperature=settings.temperature,
+        outputs=settings.outputs,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap,
+        ignore_index=options.ignore_index,
+        **how,
+    )
 
 
 @torch.compiler.disable(
     reason="the head is not taken apart: its own forward runs on chunks of tokens, whose number "
     "depends on the labels; compile without fullgraph=True"
 )
-def _loss_in_chunks(
+def _run_in_chunks(
     head: nn.Module,
     forward: HeadForward,
     hidden: Tensor,
     target: Tensor,
-    settings: LossSettings,
+    settings: Settings,
     trials: Trials,
-) -> HeadLoss:
+) -> HeadResult:
     obstacle = engine_obstacle(head, settings.impl)
     if obstacle is not None:
         raise UnsupportedModelError(f"{obstacle}, or leave this model stock (remove_patch)")
@@ -210,13 +226,13 @@ def _loss_in_chunks(
         trials[kind] = try_out(head, forward, hidden)
     before = buffer_versions(head)
     in_step = wrappers.gathers_by_parts(head)
-    found = chunked_cross_entropy(forward, hidden, target, settings, in_step)
+    found = run_in_chunks(forward, hidden, target, settings, in_step)
     # The tokens of the trial may have been too few to show it.
     changed = written_since(before, head) - trials.get(kind, frozenset())
     if changed:
         raise keeps_state(head, sorted(changed))
-    stats, vocab_size, dtype, ran = found
-    return HeadLoss(stats, vocab_size, dtype, MODULE, ran)
+    values, vocab_size, dtype, ran = found
+    return HeadResult(values, vocab_size, dtype, MODULE, ran)
 
 
 def _full_hidden(hidden: Any, head: nn.Module) -> Tensor:

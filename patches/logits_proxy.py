@@ -61,7 +61,8 @@ class LogitsProxy:
     """Stands for the logits between the head and the loss; no tensor.
 
     Attributes:
-        loss: The finished loss, 0-d; what the model returns must come from this very tensor.
+        loss: The finished loss, 0-d, or values per token; what the model returns must come from
+            this very tensor.
         owner: The forward that this belongs to.
         shape: That of the logits, [..., vocab].
         dtype: That of the logits at this point of the forward.

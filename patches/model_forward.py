@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .heads import innermost_head, kind_of
 from .registry import facts_of, family_of
 from .running import Layer, LossArguments, RunningForward
 from .state import PatchState
+from .token_forward import TokenForward
+from .trl import FusedLMHead, TokenRequest, casts_to_float32
 
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -48,6 +50,8 @@ def run_model(
         kwargs: What it is called with.
         layer: The layer.
     """
+    if layer.trl_head is not None and kwargs.get("fused_lm_head"):
+        return _run_for_tokens(model, state, stock, args, kwargs, layer)
     arguments = layer.loss_arguments(args, kwargs)
     if arguments is None:
         return _run_without_labels(model, state, stock, args, kwargs, layer)
@@ -62,6 +66,26 @@ def run_model(
         # A compiler that broke its graph here would compile the way back to stock next.
         refused: Any = torch.compiler.disable(_refused)
         return refused(model, state, error, stock, args, kwargs)
+
+
+def _run_for_tokens(
+    model: Any, state: PatchState, stock: Forward, args: Args, kwargs: Kwargs, layer: Layer
+) -> Any:
+    """A forward in which TRL asks for values per token; `stock` runs TRL's wrapper too."""
+    request = TokenRequest.of(cast(FusedLMHead, layer.trl_head), kwargs)
+    if torch.compiler.is_compiling():
+        call = _open(model, state, request, layer)
+        return call.run(state.running, stock, args, request.stock_keywords(kwargs))
+    try:
+        if request.head.runs_another(model):
+            raise UnsupportedModelError(
+                "a copy of a model with TRL's fused head runs the forward of the original: put "
+                "TRL's head on the copy anew, or leave the copy stock (remove_patch)"
+            )
+        call = _open(model, state, request, layer)
+        return call.run(state.running, stock, args, request.stock_keywords(kwargs))
+    except UnsupportedModelError as error:
+        return _refused(model, state, error, stock, args, kwargs)
 
 
 def loss_function_of(model: Any, state: PatchState) -> Any:
@@ -146,16 +170,20 @@ def _check_lone_output(head: nn.Module, state: PatchState | None, output: Any) -
 def _run_head(
     head: Any, state: PatchState, stock: Forward, args: Args, kwargs: Kwargs, layer: Layer
 ) -> Any:
-    """The forward of a head that has one on the instance, tensor parallelism's, `stock`."""
+    """The forward of a head that has one on the instance: tensor parallelism's, or TRL's cast."""
     del layer
     call = state.current()
     if call is None or call.head is not head:
         return stock(*args, **kwargs)
     base = type(head)._fused_base
+    if casts_to_float32(stock, head):
+        args = tuple(hidden.float() for hidden in args)
     return call.compute_loss(kind_of(base), base.forward, args, kwargs)
 
 
-def _open(model: Any, state: PatchState, arguments: LossArguments, layer: Layer) -> FusedForward:
+def _open(
+    model: Any, state: PatchState, arguments: LossArguments | TokenRequest, layer: Layer
+) -> FusedForward:
     conflict = None if torch.compiler.is_compiling() else wrappers.conflicting_patch(model)
     if conflict is not None:
         raise UnsupportedModelError(f"this model cannot be fused any more: {conflict}")
@@ -172,6 +200,10 @@ def _open(model: Any, state: PatchState, arguments: LossArguments, layer: Layer)
             "(remove_patch)"
         )
     replica = getattr(model, "_is_replica", False)
+    if isinstance(arguments, TokenRequest):
+        return TokenForward(
+            arguments, model, state, head, loss_function, facts, replica, layer.name
+        )
     return FusedForward(state, head, arguments, loss_function, facts, replica, layer.name)
 
 
@@ -212,6 +244,13 @@ def _run_without_labels(
     model: Any, state: PatchState, stock: Forward, args: Args, kwargs: Kwargs, layer: Layer
 ) -> Any:
     """The stock forward; inside a call only where the model was called anew, by a hook."""
+    if layer.redirected:
+        _note_unfused(
+            state,
+            f"a trainer of TRL runs in the place of the forward of {type(model).__name__}, so a "
+            "loss that it computes from the head's weight is not fused: train it without the patch",
+        )
+        return stock(*args, **kwargs)
     outer = state.innermost()
     if outer is not None and not outer.entered(layer.name):
         return stock(*args, **kwargs)

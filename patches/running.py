@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .trl import FusedLMHead
+
 _COMPILED = 0
 """The key of forwards under torch.compile, which cannot ask for the thread; no thread has it."""
 
@@ -51,10 +53,14 @@ class Layer(NamedTuple):
     Attributes:
         name: Distinguishes it from the other layers of the model.
         positions: Where it takes the arguments of the loss, `self` not counted.
+        trl_head: TRL's fused head under it, if there is one.
+        redirected: Whether a method of a trainer of TRL runs in the place of the model's forward.
     """
 
     name: str
     positions: dict[str, int]
+    trl_head: FusedLMHead | None = None
+    redirected: bool = False
 
     def loss_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossArguments | None:
         """What the forward was given for its loss; None without labels."""

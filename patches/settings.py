@@ -30,3 +30,24 @@ class LossSettings(NamedTuple):
     impl: str
     memory_budget_mib: float | None
     stats: tuple[str, ...]
+
+
+class TokenSettings(NamedTuple):
+    """Values per token: what they are and how they may be computed.
+
+    Attributes:
+        options: Scale and softcap of the logits, and the label that is ignored.
+        temperature: What the logits are divided by.
+        outputs: Fields of `TokenLogProbs`.
+        impl: As for `apply_patch`.
+        memory_budget_mib: As for `apply_patch`.
+    """
+
+    options: LossOptions
+    temperature: float
+    outputs: tuple[str, ...]
+    impl: str
+    memory_budget_mib: float | None
+
+
+Settings = LossSettings | TokenSettings

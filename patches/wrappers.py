@@ -15,6 +15,13 @@ from .errors import UnsupportedModelError
 from .origin import module_of, name_of
 from .running import Layer, positions
 from .tensor_parallel import gathers_logits
+from .trl import (
+    FusedLMHead,
+    casts_to_float32,
+    fused_lm_head,
+    is_fused_lm_head,
+    is_redirection,
+)
 
 # Their forwards compute another loss in the place of the stock one, on the class or the instance.
 # A package counts with those whose names begin with its own: unsloth_compiled_module_llama.
@@ -23,8 +30,9 @@ _CONFLICTING = {
     "apply_patch",
     "cut_cross_entropy": "leave out cce_patch, then apply_patch",
     "unsloth": "load the model with transformers instead of FastLanguageModel, then apply_patch",
-    "trl": "train with FusedHeadTrainer, or leave this model stock (remove_patch), with TRL's own "
-    "fused head",
+    # A head of TRL that is_fused_lm_head does not know.
+    "trl": "install a TRL with the fused head of 1.16, train with FusedHeadTrainer, or leave this "
+    "model stock (remove_patch), with TRL's own head",
     "axolotl": "leave out the cut_cross_entropy plugin, then apply_patch",
 }
 # Their wrappers call the forward that they wrapped with the arguments that they were given.
@@ -48,7 +56,9 @@ class ComposedForward:
         self.inner = inner
         self.run = run
         # Several may lie around each other.
-        self.layer = Layer(f"instance {id(self)}", positions(inner))
+        # TRL's is read here, since the compiler cannot read a closure that it runs later.
+        name, head = f"instance {id(self)}", trl_head(inner)
+        self.layer = Layer(name, positions(inner), head, is_redirection(inner))
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -106,7 +116,7 @@ def conflicting_patch(model: nn.Module) -> str | None:
 
 def _conflict_remedy(function: Any) -> str | None:
     package = module_of(function).partition(".")[0]
-    if package in ("transformers", *_TRANSPARENT):
+    if package in ("transformers", *_TRANSPARENT) or is_fused_lm_head(function):
         return None
     for conflict, remedy in _CONFLICTING.items():
         if package == conflict or package.startswith(f"{conflict}_"):
@@ -127,6 +137,8 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
         return None
     if is_bound_forward(module, forward) or gathers_logits(forward, module):
         return None
+    if casts_to_float32(forward, module):
+        return None
     owner = type(module).__mro__
     own = [c.__dict__["forward"] for c in owner if "forward" in c.__dict__]
     chain = _chain(forward)
@@ -136,9 +148,9 @@ def instance_forward_obstacle(module: nn.Module, name: str, composable: bool) ->
             "apply_patch before torch.compile"
         )
     for function in chain:
-        if is_fused_forward(function) or (composable and function in own):
+        if _is_ours(function) or (composable and function in own):
             return None
-        if not composable or not _is_transparent(function):
+        if not composable or not (_is_transparent(function) or is_fused_lm_head(function)):
             remedy = "apply_patch before that" if composable else "take it off"
             return (
                 f"there is a forward on {name}, {name_of(function)}: {remedy}, or leave "
@@ -152,6 +164,11 @@ def runs_ours(model: nn.Module) -> bool:
     if has_device_hook(model):
         return _is_ours(model.__dict__["_old_forward"])
     return any(_is_ours(function) for function in _chain(model.forward))
+
+
+def trl_head(forward: Any) -> FusedLMHead | None:
+    """TRL's fused head under a forward; None where there is none."""
+    return fused_lm_head(_chain(forward))
 
 
 def _is_transparent(function: Any) -> bool:

@@ -239,27 +239,6 @@ def test_liger_itself() -> None:
     )
 
 
-@needs("trl")
-def test_trl_itself() -> None:
-    in_process(
-        """
-        import pytest
-        from tiny_models import batch, build
-        from trl.trainer.utils import add_fused_lm_head
-        from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
-
-        before, after = build("llama"), apply_patch(build("llama"))
-        for model in (before, after):
-            add_fused_lm_head(model)
-        with pytest.raises(UnsupportedModelError, match="trl.*FusedHeadTrainer.*own fused head"):
-            apply_patch(before)
-        assert not patch_report(after).fused
-        with pytest.raises(UnsupportedModelError, match="trl.*FusedHeadTrainer.*own fused head"):
-            after(**batch(after), fused_lm_head=True)
-        """
-    )
-
-
 def with_lora(model: Any, targets: list[str]) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)

@@ -1,123 +1,188 @@
-"""A patched model under TRL's trainers: refused by name, or stock, and never harmed."""
+"""A patched model under TRL's trainers: as TRL's own head to rounding, and without it."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 pytest.importorskip("trl", reason="needs trl (pip install trl)")
 
+import datasets
 import torch
+import transformers
 from peft import LoraConfig
 from torch import nn
-from trl_cases import TRAINERS, trainer
+from trains_like import assert_gradients_close
+from trl_cases import policy, trainer
+from trl_runs import (
+    HeadCalls,
+    assert_trains_as_trl,
+    assert_was_fused,
+    change_models,
+    run,
+    weights_of,
+)
 
-from hf_fused_head import UnsupportedModelError, apply_patch, patch_report, remove_patch
-
-MILD = functools.partial(apply_patch, strict=False)
-ADVICE = r"trl\.trainer\.utils.*FusedHeadTrainer.*remove_patch.*TRL's own fused head"
-
-
-def change_models(made: Any, change: Callable[[nn.Module], nn.Module]) -> None:
-    """Does something to the policy and to the reference model of a trainer."""
-    change(made.model)
-    if getattr(made, "ref_model", None) is not None:
-        change(made.ref_model)
-
-
-def run(made: Any) -> Any:
-    """The trainer after its training, from the same random state."""
-    torch.manual_seed(0)
-    made.train()
-    return made
+from hf_fused_head import apply_patch, patch_trainer
 
 
-def assert_same_run(ours: Any, stock: Any) -> None:
-    """Every number in the logs but the times, and every weight, bit for bit."""
-    entries = zip(ours.state.log_history, stock.state.log_history, strict=True)
-    for found, wanted in entries:
-        assert found.keys() == wanted.keys()
-        same = [key for key in found if "time" not in key and "per_second" not in key]
-        assert {key: found[key] for key in same} == {key: wanted[key] for key in same}
-    for (name, found), wanted in zip(
-        ours.model.named_parameters(), stock.model.parameters(), strict=True
-    ):
-        assert torch.equal(found, wanted), name
+class Case(NamedTuple):
+    """A trainer, its settings, and those of its models."""
+
+    trainer: str
+    settings: dict[str, Any]
+    model: dict[str, Any]
+
+
+def case(name: str, model: dict[str, Any] | None = None, **settings: Any) -> Case:
+    return Case(name, settings, model or {})
+
+
+def adapters(*targets: str, **options: Any) -> LoraConfig:
+    settings = {"r": 4, "target_modules": ["q_proj", *targets], "init_lora_weights": "gaussian"}
+    return LoraConfig(**settings, **options)
+
+
+UNTIED = {"tie_word_embeddings": False}
+DPO_LOSSES = [
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+]
+GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
+SEVERAL = {"num_iterations": 2, "max_steps": 4, "steps_per_generation": 1}
+CASES = {
+    "sft": case("sft"),
+    "sft-dft": case("sft", loss_type="dft"),
+    "sft-padding-free": case("sft", padding_free=True, max_length=None),
+    "sft-packing": case("sft", packing=True, max_length=16),
+    "sft-wrapped": case("sft", packing=True, max_length=16, packing_strategy="wrapped"),
+    "sft-accumulation": case("sft", gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "sft-adapters": case("sft", peft_config=adapters()),
+    "sft-saved-head": case("sft", UNTIED, peft_config=adapters(modules_to_save=["lm_head"])),
+    "sft-checkpointing": case("sft", gradient_checkpointing=True),
+    "sft-evaluation": case("sft", eval_strategy="steps", eval_steps=1),
+    "sft-bf16": case("sft", bf16=True),
+    "sft-experts": case("sft", {"family": "mixtral"}, router_aux_loss_coef=0.3),
+    "sft-softcap": case("sft", {"family": "gemma2"}),
+    "dpo": case("dpo"),
+    # TRL adds them up; exo_pair asks for some smoothing.
+    "dpo-every-loss": case("dpo", loss_type=DPO_LOSSES, label_smoothing=0.01),
+    "dpo-precomputed": case("dpo", precompute_ref_log_probs=True),
+    "dpo-evaluation": case("dpo", eval_strategy="steps", eval_steps=1),
+    "dpo-wpo": case("dpo", use_weighting=True),
+    "dpo-ld": case("dpo", ld_alpha=0.5),
+    "dpo-js": case("dpo", f_divergence_type="js_divergence"),
+    "dpo-adapters": case("dpo", peft_config=adapters()),
+    "dpo-checkpointing": case("dpo", gradient_checkpointing=True),
+    "dpo-bf16": case("dpo", bf16=True),
+    "dpo-experts": case("dpo", {"family": "qwen3_moe"}),
+    "kto": case("kto"),
+    "kto-apo": case("kto", loss_type="apo_zero_unpaired"),
+    "kto-adapters": case("kto", peft_config=adapters()),
+    "kto-scale": case("kto", {"family": "granite"}),
+    "rloo": case("rloo"),
+    "rloo-adapters": case("rloo", peft_config=adapters(), beta=0.5),
+    "rloo-temperature": case("rloo", temperature=0.6),
+    **{f"grpo-{loss}": case("grpo", loss_type=loss, **SEVERAL) for loss in GRPO_LOSSES},
+    "grpo-sequence": case(
+        "grpo", importance_sampling_level="sequence", loss_type="grpo", **SEVERAL
+    ),
+    "grpo-entropy-mask": case("grpo", top_entropy_quantile=0.5, **SEVERAL),
+    "grpo-entropy-bonus": case("grpo", entropy_coef=0.3),
+    "grpo-temperature": case("grpo", temperature=0.6, entropy_coef=0.3),
+    "grpo-adapters": case("grpo", peft_config=adapters(), beta=0.5),
+    "grpo-float32-head": case("grpo", UNTIED, cast_lm_head_to_fp32=True),
+    "grpo-float32-head-bf16": case("grpo", UNTIED, cast_lm_head_to_fp32=True, bf16=True),
+}
+
+
+def double(model: nn.Module) -> nn.Module:
+    return model.double()
+
+
+@pytest.fixture(autouse=True)
+def _no_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log-probabilities of a reference model are computed by every run."""
+    numbers = itertools.count()
+
+    def fresh_path(dataset: Any, fingerprint: str) -> str:
+        return str(tmp_path / f"{next(numbers)}.arrow")
+
+    monkeypatch.setattr(datasets.Dataset, "_get_cache_file_path", fresh_path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_logs_and_weights_are_those_of_trls_own_head(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patched before the trainer is made, and after; every forward of TRL's counts."""
+    kind, settings, model = CASES[name]
+    calls = HeadCalls(monkeypatch)
+    build = functools.partial(policy, **model)
+    made = functools.partial(trainer, kind, tmp_path, build=build)
+    exact = run(made(double, **{**settings, "bf16": False}))
+    calls.take()
+    stock = run(made(**settings))
+    of_trl = calls.take()
+    assert any(entry.get("grad_norm", 0.0) > 0 for entry in stock.state.log_history)
+    before = run(made(apply_patch, **settings))
+    assert_was_fused(before, calls.take(), of_trl)
+    assert_trains_as_trl(before, stock, exact)
+    after = made(**settings)
+    already, _ = calls.take()  # What the constructor computes ahead.
+    run(change_models(after, apply_patch))
+    assert_was_fused(after, calls.take(), (of_trl[0] - already, 0))
+    assert_trains_as_trl(after, stock, exact)
+
+
+def with_adapters_on_the_head(model: Any) -> Any:
+    """As transformers itself puts them on; TRL refuses PEFT's own wrapper with such a head."""
+    torch.manual_seed(1)
+    model.add_adapter(adapters("lm_head"))
+    return model
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_model_that_may_stay_stock_trains_as_without_a_patch(
-    name: str, when: str, tmp_path: Path
-) -> None:
-    stock = run(trainer(name, tmp_path))
-    assert any(entry.get("grad_norm", 0.0) > 0 for entry in stock.state.log_history)
-    with pytest.warns(UserWarning, match=f"stays stock.*{ADVICE}"):
-        if when == "before":
-            ours = trainer(name, tmp_path, MILD)
-        else:
-            ours = trainer(name, tmp_path)
-            change_models(ours, MILD)
-        run(ours)
-    assert_same_run(ours, stock)
-    assert "trl.trainer.utils" in patch_report(ours.model).reason
+def test_adapters_on_the_head_are_trained(when: str, tmp_path: Path) -> None:
+    """TRL's own head leaves them out; the loss of transformers is what it should be."""
 
+    def made(prepare: Callable[[Any], Any]) -> Any:
+        build = functools.partial(policy, **UNTIED)
+        return trainer("sft", tmp_path, prepare, build=build)
 
-def adapters() -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian")
+    def of_transformers(prepare: Callable[[Any], Any]) -> Any:
+        source = made(lambda model: prepare(with_adapters_on_the_head(model)))
+        model = remove_trls_head(source.model)
+        parts = {"train_dataset": source.train_dataset, "data_collator": source.data_collator}
+        return run(transformers.Trainer(model, source.args, **parts))
 
-
-@pytest.mark.parametrize("name", ["sft", "dpo"])
-@pytest.mark.parametrize(
-    "changes",
-    [{"peft_config": adapters()}, {"bf16": True}, {"gradient_checkpointing": True}],
-    ids=["adapters", "bf16", "checkpointing"],
-)
-def test_what_lies_between_trl_and_the_patch(
-    name: str, changes: dict[str, Any], tmp_path: Path
-) -> None:
-    stock = run(trainer(name, tmp_path, **changes))
-    with pytest.warns(UserWarning, match=f"stays stock.*{ADVICE}"):
-        ours = run(trainer(name, tmp_path, MILD, **changes))
-    assert_same_run(ours, stock)
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_refused_training_can_be_started_again(name: str, tmp_path: Path) -> None:
-    """Each model is refused at its first forward, which leaves it TRL's; then TRL trains alone."""
-    ours = trainer(name, tmp_path, apply_patch)
-    has_reference = getattr(ours, "ref_model", None) is not None
-    for _ in range(1 + has_reference):
-        with pytest.raises(UnsupportedModelError, match=ADVICE):
-            run(ours)
+    if when == "before":
+        ours = made(lambda model: apply_patch(with_adapters_on_the_head(model)))
+    else:
+        ours = patch_trainer(made(with_adapters_on_the_head))
+    start = {name: weight.detach().clone() for name, weight in ours.model.named_parameters()}
     run(ours)
-    assert any(entry.get("grad_norm", 0.0) > 0 for entry in ours.state.log_history)
+    moved = [n for n, w in ours.model.named_parameters() if not torch.equal(w, start[n])]
+    assert any("lm_head.lora_A" in name for name in moved)
+    assert all("lora" in name for name in moved)
+    stock, exact = of_transformers(lambda model: model), of_transformers(double)
+    assert_gradients_close(*map(weights_of, (ours, stock, exact)))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_model_that_trl_holds_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
-    stock, ours = run(trainer(name, tmp_path)), trainer(name, tmp_path)
-    before = type(ours.model), ours.model.__dict__["forward"]
-    with pytest.raises(UnsupportedModelError, match=ADVICE):
-        apply_patch(ours.model)
-    assert (type(ours.model), ours.model.__dict__["forward"]) == before
-    assert_same_run(run(ours), stock)
+def remove_trls_head(model: Any) -> Any:
+    del model.forward
+    return model
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_remove_patch_gives_back_what_trl_put_there(name: str, tmp_path: Path) -> None:
-    stock = run(trainer(name, tmp_path))
-    ours = trainer(name, tmp_path, apply_patch)
-    assert not patch_report(ours.model).fused
-    change_models(ours, remove_patch)
-    forward = ours.model.__dict__["forward"]
-    assert type(ours.model) is type(stock.model)
-    assert forward.__func__.__code__ is stock.model.__dict__["forward"].__func__.__code__
-    assert_same_run(run(ours), stock)
-    with pytest.raises(UnsupportedModelError, match=ADVICE):
-        apply_patch(ours.model)
-    assert ours.model.__dict__["forward"] is forward
+def test_another_temperature_is_seen(tmp_path: Path) -> None:
+    """What the comparisons above would say of a wrong fact."""
+    made = functools.partial(trainer, "grpo", tmp_path, entropy_coef=0.3)
+    stock, exact = run(made()), run(made(double))
+    ours = run(made(apply_patch, temperature=0.9999))
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        assert_trains_as_trl(ours, stock, exact)
