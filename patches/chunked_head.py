@@ -159,6 +159,7 @@ class _Chunk:
     """
 
     def __init__(self) -> None:
+        self.num_tokens = 0
         self.vocab_size = 0
         self.dtype = torch.float32
         self.term = Term(torch.empty(()), 0)
@@ -178,6 +179,7 @@ class _Chunk:
             chunk._values, head_forward, hidden, labels, settings, use_reentrant=False
         )
         chunk.term, chunk.rows = Term(value, first_operation), tuple(rows)
+        chunk.num_tokens = labels.numel()
         return chunk
 
     def without_effect(self) -> _Chunk:
@@ -185,6 +187,7 @@ class _Chunk:
         value = self.term.value
         self.term = self.term._replace(value=value[:0] if value.dim() else value * 0.0)
         self.rows = tuple(value[:0] for value in self.rows)
+        self.num_tokens = 0
         return self
 
     def _values(
@@ -269,7 +272,7 @@ def chunk_tokens(vocab_size: int, memory_budget_mib: float | None) -> int:
 
 def _describe(chunks: list[_Chunk], impl: str) -> str:
     """How these ran, for people."""
-    tokens = max(1, *(chunk.rows[0].numel() for chunk in chunks))
+    tokens = max(1, *(chunk.num_tokens for chunk in chunks))
     mib = tokens * chunks[0].vocab_size * _FLOAT_BYTES * _COPIES_OF_A_CHUNK / 2**20
     workspace = f"workspace {mib:,.1f} MiB"
     if impl == "reference":

@@ -172,6 +172,17 @@ def test_heads_in_adapters(kind: str, patch_first: bool) -> None:
     assert_like_logits(made(True), made(False), batch(build("llama")))
 
 
+def test_a_head_that_is_not_taken_apart_makes_nothing_unasked() -> None:
+    models = [HEADS["dora"](build("llama", tie_word_embeddings=False)) for _ in range(2)]
+    outputs: list[Any] = []
+    for model, fields in zip(models, (FIELDS, ("log_probs",)), strict=True):
+        model.load_state_dict(models[0].state_dict())
+        apply_patch(with_trls_head(model, outputs=fields))
+        outputs.append(model(**batch(build("llama")), fused_lm_head=True))
+    assert set(outputs[1].keys()) == {"loss", "log_probs", "label_mask"}
+    assert torch.equal(outputs[0].log_probs, outputs[1].log_probs)
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_head_that_is_not_taken_apart_runs_in_chunks(impl: str) -> None:
     """Two tokens at a time, in bfloat16, where gradients are summed in float32."""
