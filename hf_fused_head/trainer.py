@@ -37,6 +37,7 @@ from hf_fused_head.distributed.sharded_checkpoint import (
 from hf_fused_head.options import STAT_NAMES
 from hf_fused_head.patches import last_stats, patch_report, require_fused
 from hf_fused_head.patches.adapter import check_keywords, options_of, patch_for_trainer
+from hf_fused_head.patches.eligibility import shifts_labels
 
 if TYPE_CHECKING:
     from hf_fused_head.functional import LossStats
@@ -127,7 +128,7 @@ class FusedHeadTrainer(Trainer):
     ) -> Any:
         """The stock method; with label smoothing the labels stay with the model, if it is fused."""
         # Context parallelism shards the labels, in place and only while the loss is computed.
-        self._targets = _targets(inputs)
+        self._targets = self._targets_of(inputs)
         smoothed_by_head = self._stock_smoother is not None and self.label_smoother is None
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if smoothed_by_head and not self._is_fused():
@@ -279,6 +280,13 @@ class FusedHeadTrainer(Trainer):
         labels = inputs.get("labels", inputs.get("shift_labels"))
         return labels is not None and self.compute_loss_func is None
 
+    def _targets_of(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The labels that the model's loss compares with, [batch, tokens]; if any."""
+        shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+        if shifted is not None or labels is None:
+            return shifted
+        return labels[..., 1:] if shifts_labels(self.model) else labels
+
     def _last_stats(self, model: nn.Module) -> LossStats | None:
         return last_stats(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
@@ -286,12 +294,6 @@ class FusedHeadTrainer(Trainer):
 def _optimizer_files(checkpoint: str) -> tuple[str, str]:
     """Those of the optimizer and of its scheduler."""
     return os.path.join(checkpoint, OPTIMIZER_NAME), os.path.join(checkpoint, SCHEDULER_NAME)
-
-
-def _targets(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The labels that a causal language model's loss compares with, [batch, tokens]; if any."""
-    shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
-    return labels[..., 1:] if shifted is None and labels is not None else shifted
 
 
 class TokenSums:

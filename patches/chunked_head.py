@@ -205,6 +205,8 @@ class _Chunk:
         _check_labels(labels, self.vocab_size)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if settings.logit_bias is not None:
+                logits = logits + settings.logit_bias.to(logits)
             logits = logits * options.logit_scale
             if options.softcap is not None:
                 logits = options.softcap * torch.tanh(logits / options.softcap)

@@ -15,6 +15,7 @@ from . import origin, wrappers
 from .class_swap import stock_class, swapped_class
 from .errors import UnsupportedModelError
 from .heads import MODULE, engine_obstacle, innermost_head, kind_of
+from .registry import facts_of, family_of
 from .settings import PatchOptions
 
 
@@ -37,6 +38,8 @@ def static_obstacle(target: Any) -> str | None:
     head = target.get_output_embeddings()
     if not isinstance(head, nn.Module):
         return f"{name} has no output embeddings: load it with its language modelling head"
+    if isinstance(head, nn.Embedding):
+        return f"the output embeddings of {name} are an embedding of tokens, which makes no logits"
     forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
     if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
         return f"the forward of {name} takes no labels"
@@ -113,6 +116,15 @@ def _traced_loss_function(model: Any, ours: Any) -> Any:
     if not hasattr(model, "_loss_function") and model.loss_type not in known:
         return known["ForCausalLM"]
     return ours._fused_loss_getter(model)
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the model's loss compares the logits of a token with the label of the next one."""
+    model = wrappers.unwrapped(model)
+    facts = facts_of(model, family_of(model))
+    if facts.own_loss or facts.unshifted:
+        return False
+    return not origin.is_masked_loss(stock_loss_function(model))
 
 
 def remember_refusal(model: nn.Module, error: UnsupportedModelError, options: PatchOptions) -> None:

@@ -65,8 +65,13 @@ class FusedForward(LossForward):
         self.state = state
         self.head = head
         self.given = arguments
-        # A model with a loss of its own ignores what `loss_function` would be given.
-        self.arguments = LossArguments(arguments.labels) if facts.own_loss else arguments
+        self.arguments = arguments
+        if facts.own_loss:
+            # It ignores what `loss_function` would be given. The Trainer's smoothing, which takes
+            # the place of the model's loss, counts items by itself.
+            smoothed = state.options.label_smoothing > 0
+            items = arguments.num_items_in_batch if smoothed else None
+            self.arguments = LossArguments(arguments.labels, num_items_in_batch=items)
         if facts.unshifted and arguments.shift_labels is None:
             self.arguments = arguments._replace(shift_labels=arguments.labels)
         self.loss_function = loss_function
@@ -83,8 +88,9 @@ class FusedForward(LossForward):
         """The output, checked: the head has called `compute_loss`, the forward `return_loss`."""
         if not (self.loss_returned or self.delegated):
             raise UnsupportedModelError(
-                "the model's forward must compute its loss with `self.loss_function`, got a loss "
-                "from elsewhere: leave this model stock (remove_patch)"
+                "the model's forward must compute its loss from the output of "
+                f"get_output_embeddings(), got {self._other_loss(output)}: leave this model stock "
+                "(remove_patch)"
             )
         if self.outer is not None and not self.reentrant:
             # A layer above, itself inside ours, has left the loss to this one.
@@ -92,6 +98,15 @@ class FusedForward(LossForward):
         self.state.ran = True
         self.state.last_loss = FUSED
         return self._settled(output)
+
+    def _other_loss(self, output: Any) -> str:
+        """What the forward has done in the place of that, for people."""
+        first = output[0] if isinstance(output, (dict, tuple)) and output else output
+        if isinstance(first, LogitsProxy):
+            return "no loss at all, which it may compute if it gets more than `labels`"
+        if not self.head_has_run:
+            return "a loss from elsewhere, of logits that were made without a call of that module"
+        return "a loss from elsewhere"
 
     def compute_loss(
         self, kind: str, stock_forward: Any, args: tuple[Any, ...], kwargs: Any
@@ -166,6 +181,7 @@ class FusedForward(LossForward):
             options.impl,
             options.memory_budget_mib,
             options.stats,
+            self.facts.logit_bias,
         )
 
     def _note(self, result: HeadResult) -> None:
@@ -203,6 +219,9 @@ class FusedForward(LossForward):
                 "the model's class is known to call `cross_entropy` itself, got a call of its "
                 "loss_function: leave this model stock (remove_patch)"
             )
+        if shift_labels is not None:
+            # The loss looks at no others then.
+            labels = self.arguments.labels
         given = LossArguments(labels, shift_labels, num_items_in_batch, ignore_index)
         for name, expected, got in zip(given._fields, self.arguments, given, strict=True):
             if not same(expected, got):
@@ -250,7 +269,7 @@ class FusedForward(LossForward):
                 "the model's forward must call `cross_entropy` with logits and labels alone, got "
                 "other options: leave this model stock (remove_patch)"
             )
-        if not _same_values(self.arguments.labels, target):
+        if not _same_values("`labels`", self.arguments.labels, target):
             raise UnsupportedModelError(
                 "the loss must get the `labels` that the forward was called with, got other ones: "
                 "this model changes them on the way, leave it stock (remove_patch)"
@@ -276,12 +295,18 @@ class FusedForward(LossForward):
 
     def _check_facts(self, logits: LogitsProxy) -> None:
         observed = observed_facts(logits.steps)
-        if not same_facts(observed, self.facts):
+        if not (same_facts(observed, self.facts) and self._is_known_bias(observed[2])):
             raise UnsupportedModelError(
                 "the model's forward must do to the logits what is known of its class, "
                 f"{_spell(self.facts)}, got {_spell(Facts(*observed))} by "
                 f"{[step.name for step in logits.steps]}: leave this model stock (remove_patch)"
             )
+
+    def _is_known_bias(self, bias: Tensor | None) -> bool:
+        expected = self.facts.logit_bias
+        if bias is None or expected is None:
+            return bias is expected
+        return _same_values("bias", expected, bias)
 
     def _from_head(self, logits: LogitsProxy) -> Tensor:
         """What the head computed, as its own output has brought it here."""
@@ -376,17 +401,30 @@ class _WithValue(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def _same_values(labels: Tensor, target: Any) -> bool:
-    """Whether `target` is the labels, flattened or moved to another device."""
-    if not isinstance(target, Tensor) or target.numel() != labels.numel():
+def _same_values(name: str, expected: Tensor, got: Any) -> bool:
+    """Whether `got` is the expected tensor, flattened or moved to another device.
+
+    Args:
+        name: What they are, for people: a compiled forward says itself where they differ.
+        expected: As the forward was given it.
+        got: As the loss gets it.
+    """
+    if not isinstance(got, Tensor) or got.numel() != expected.numel():
         return False
     if torch.compiler.is_compiling():
-        # Neither addresses nor values can be asked for; eager forwards have been asked.
+        # Neither addresses nor values are known yet: the compiled code compares them.
+        same = (got.reshape(-1).to(expected.device) == expected.reshape(-1)).all()
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            same,
+            f"the loss must get the {name} that the forward starts with, got another one: this "
+            "model changes it on the way, leave it stock (remove_patch)",
+        )
         return True
-    if target.data_ptr() == labels.data_ptr() and target.is_contiguous():
+    if got.data_ptr() == expected.data_ptr() and got.is_contiguous():
         return True
-    return torch.equal(target.reshape(-1).to(labels.device), labels.reshape(-1))
+    return torch.equal(got.reshape(-1).to(expected.device), expected.reshape(-1))
 
 
 def _spell(facts: Facts) -> str:
-    return f"scale {facts.logit_scale:g} and softcap {facts.softcap}"
+    bias = "no bias" if facts.logit_bias is None else "a bias"
+    return f"scale {facts.logit_scale:g}, softcap {facts.softcap} and {bias}"

@@ -67,6 +67,19 @@ class LinearOperands(NamedTuple):
     group: Any = None  # of the ranks that share the rows
     complete_hidden: bool = True  # whether those sum the gradient of the hidden states
 
+    def plus_bias(self, extra: Tensor | None) -> LinearOperands:
+        """The same with one more bias, [1, vocab], on the device and in the dtype of the weight."""
+        if extra is None:
+            return self
+        if self.group is not None:
+            raise UnsupportedModelError(
+                "a head that is spread over ranks must have no bias beside its own, got one that "
+                "the model adds to the logits: leave the head out of the plan or the model stock "
+                "(remove_patch)"
+            )
+        extra = extra.reshape(-1).to(self.pairs[0][1])
+        return self._replace(bias=extra if self.bias is None else self.bias + extra)
+
 
 def kind_of(cls: type) -> str:
     """The kind of heads of this class; `cls` is the class as it was before any swap.
@@ -155,6 +168,7 @@ def run_head(
         forward = functools.partial(stock_forward, head)
         return _run_in_chunks(head, forward, _full_hidden(hidden, head), target, settings, trials)
     weight = operands.pairs[0][1]
+    operands = operands.plus_bias(settings.logit_bias)
     # A view, so that a target with other leading dimensions (logits_to_keep) keeps its own.
     pairs = [(x.reshape(*target.shape, x.shape[-1]), w) for x, w in operands.pairs]
     compiled = torch.compiler.is_compiling()

@@ -112,6 +112,8 @@ class LogitsProxy:
         if proxy is not None and not kwargs:
             if name == "tanh":
                 return proxy.tanh()
+            if name == "add":
+                return proxy + args[1]
             if name in ("mul", "multiply") and _is_scalar(args[1]):
                 return proxy * args[1]
             if name in ("div", "divide", "true_divide") and _is_scalar(args[1]):
@@ -122,6 +124,30 @@ class LogitsProxy:
             is_leaf=lambda leaf: isinstance(leaf, LogitsProxy),
         )
         return func(*real[0], **real[1])
+
+    def __add__(self, other: Any) -> Any:
+        if not self._is_row(other):
+            return self._other("add") + other
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return self._with(Step("add", operator.add, (other,)), dtype)
+
+    __radd__ = __add__
+
+    def __iadd__(self, other: Any) -> Any:
+        if self._is_row(other):
+            return self._in_place(Step("add", operator.add, (other,)))
+        return self._other("add_").add_(other)
+
+    def add(self, other: Any, *, alpha: float = 1) -> Any:
+        return self + other if alpha == 1 else self._other("add").add(other, alpha=alpha)
+
+    def add_(self, other: Any, *, alpha: float = 1) -> Any:
+        return self.__iadd__(other) if alpha == 1 else self._other("add_").add_(other, alpha=alpha)
+
+    def _is_row(self, value: Any) -> bool:
+        """Whether this has one number for each class, as a bias has."""
+        shapes = ((self.shape[-1],), (1, self.shape[-1]))
+        return isinstance(value, Tensor) and tuple(value.shape) in shapes
 
     def __mul__(self, other: Any) -> Any:
         if _is_scalar(other):
@@ -298,7 +324,7 @@ def _binary(name: str, reflected: bool) -> Callable[[LogitsProxy, Any], Any]:
     return method
 
 
-for _name in ("add", "sub", "pow", "matmul"):
+for _name in ("sub", "pow", "matmul"):
     setattr(LogitsProxy, f"__{_name}__", _binary(_name, reflected=False))
     setattr(LogitsProxy, f"__r{_name}__", _binary(_name, reflected=True))
 for _name in ("lt", "le", "gt", "ge"):
@@ -319,15 +345,22 @@ pytree.register_pytree_node(
 )
 
 
-def observed_facts(steps: tuple[Step, ...]) -> tuple[float, float | None]:
-    """Scale and cap of `cap * tanh(scale * z / cap)` from what was recorded.
+def observed_facts(steps: tuple[Step, ...]) -> tuple[float, float | None, Tensor | None]:
+    """Scale, cap and bias of `cap * tanh(scale * (z + bias) / cap)` from what was recorded.
 
     Raises:
         UnsupportedModelError: If the record has another form.
     """
-    factor, inner = 1.0, None
+    factor, inner, bias = 1.0, None, None
     for step in steps:
-        if step.name == "mul":
+        if step.name == "add":
+            if bias is not None or inner is not None or factor != 1.0:
+                raise UnsupportedModelError(
+                    "the model's forward must add at most one bias, right to the head's output, "
+                    "got another `add` before its loss: leave this model stock (remove_patch)"
+                )
+            bias = step.args[0]
+        elif step.name == "mul":
             factor *= step.args[0]
         elif step.name == "div":
             factor *= 1.0 / step.args[0]
@@ -338,7 +371,7 @@ def observed_facts(steps: tuple[Step, ...]) -> tuple[float, float | None]:
                     "(remove_patch)"
                 )
             factor, inner = 1.0, factor
-    return (factor, None) if inner is None else (inner * factor, factor)
+    return (factor, None, bias) if inner is None else (inner * factor, factor, bias)
 
 
 def same_facts(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

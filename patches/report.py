@@ -139,7 +139,7 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
     outer = target.get_output_embeddings()
     head = innermost_head(outer)
     base = getattr(head, "base_layer", head)
-    weight, embeddings = _stored(base, "weight"), target.get_input_embeddings()
+    weight, embeddings = _stored(base, "weight"), _input_embeddings(target)
     return PatchReport(
         fused=True,
         reason="forwards with labels compute the loss inside the head",
@@ -154,6 +154,14 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
         schedule=_schedule(state),
         last_loss=state.last_loss,
     )
+
+
+def _input_embeddings(target: Any) -> Any:
+    """None where transformers does not know them."""
+    try:
+        return target.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _stored(module: Any, name: str) -> Any:

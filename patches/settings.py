@@ -30,6 +30,7 @@ class LossSettings(NamedTuple):
     impl: str
     memory_budget_mib: float | None
     stats: tuple[str, ...]
+    logit_bias: Tensor | None = None  # [1, V], added to the logits beside the head's own bias
 
 
 class TokenSettings(NamedTuple):
@@ -41,6 +42,7 @@ class TokenSettings(NamedTuple):
         outputs: Fields of `TokenLogProbs`.
         impl: As for `apply_patch`.
         memory_budget_mib: As for `apply_patch`.
+        logit_bias: As for a loss.
     """
 
     options: LossOptions
@@ -48,6 +50,7 @@ class TokenSettings(NamedTuple):
     outputs: tuple[str, ...]
     impl: str
     memory_budget_mib: float | None
+    logit_bias: Tensor | None = None
 
 
 Settings = LossSettings | TokenSettings

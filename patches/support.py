@@ -17,7 +17,13 @@ from .families.family import Family
 from .registry import FAMILIES
 
 CONFORMANCE = Path(__file__).with_name("conformance.json")
-TASKS = {"classes": "causal", "multimodal": "multimodal"}
+TASKS = {
+    "classes": "causal",
+    "multimodal": "multimodal",
+    "seq2seq": "seq2seq",
+    "masked": "masked",
+    "pretraining": "pretraining",
+}
 """The parts of the file, by what the support table calls them."""
 
 
@@ -28,16 +34,19 @@ class SupportRow:
     Attributes:
         family: Name of the registered family, or the model type that transformers gives the class.
         classes: The classes of transformers that it covers.
-        task: "causal", or "multimodal" where the text path was swept.
+        task: "causal", "seq2seq", "masked", "pretraining" (masked tokens and a class for the whole
+            text), or "multimodal" where the text path was swept.
         status: "fused", "refused", "not built" where no tiny model of it could be made, or "not
             swept" where the class is of a later transformers than the sweep.
         reason: Why it is not fused, "" where it is.
         scale: How the logits are scaled, "" where they are not.
         softcap: The config field of the cap, "" where there is none.
         shift: Where the labels are not shifted: by whom the loss is computed; "" where they are.
+        added: The bias that the forward adds to the head's output, "" where there is none.
         bias: Whether the head has a bias.
         extras: What the stock forward adds to the loss by itself.
         scenarios: How many ways to call the forward gave stock's loss and every gradient of it.
+        registered: Whether the package states facts of it.
         transformers: The version of the sweep; for "not swept" the one that has the class.
     """
 
@@ -49,9 +58,11 @@ class SupportRow:
     scale: str
     softcap: str
     shift: str
+    added: str
     bias: bool
     extras: str
     scenarios: int
+    registered: bool
     transformers: str
 
 
@@ -107,10 +118,12 @@ def _row(
         reason=record["reason"],
         scale="" if family is None else _spell_scale(family),
         softcap="" if family is None else family.softcap_field or "",
-        shift="" if family is None else _spell_shift(family),
+        shift=record["labels"] if "labels" in record else _spell_shift(family),
+        added="" if family is None or not family.bias_field else f"+ {family.bias_field}",
         bias=record.get("bias", False),
         extras="router auxiliary loss" if record.get("router_loss") else "",
         scenarios=len(record.get("equal", ())),
+        registered=family is not None,
         transformers=record.get("transformers", version),
     )
 
@@ -134,7 +147,16 @@ def _spell_scale(family: Family) -> str:
     return f"{'/' if family.scale_divides else '*'} config.{family.scale_field}"
 
 
-def _spell_shift(family: Family) -> str:
-    if family.own_loss:
-        return f"not shifted, {family.own_loss} of its own"
-    return "not shifted" if family.unshifted else ""
+def _spell_shift(family: Family | None) -> str:
+    if family is None or not (family.own_loss or family.unshifted):
+        return ""
+    return spell_shift(family.own_loss)
+
+
+def spell_shift(own_loss: str) -> str:
+    """How labels that are not shifted are told of.
+
+    Args:
+        own_loss: What the forward calls itself, "" where it uses `self.loss_function`.
+    """
+    return f"not shifted, {own_loss} of its own" if own_loss else "not shifted"

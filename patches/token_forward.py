@@ -86,9 +86,13 @@ class TokenForward(FusedForward):
             softcap=self.facts.softcap,
         )
         outputs = tuple({"log_probs": None, **dict.fromkeys(self.request.head.outputs)})
-        temperature = self.request.head.temperature
         return TokenSettings(
-            loss_options, temperature, outputs, options.impl, options.memory_budget_mib
+            loss_options,
+            self.request.head.temperature,
+            outputs,
+            options.impl,
+            options.memory_budget_mib,
+            self.facts.logit_bias,
         )
 
     def _differentiable(self, result: HeadResult) -> Tensor:

@@ -43,11 +43,7 @@ def support_table(rows: Sequence[SupportRow]) -> Grid:
         (
             row.family,
             ", ".join(row.classes),
-            "; ".join(
-                filter(
-                    None, (row.status, row.scale, row.softcap, row.shift, row.extras, row.reason)
-                )
-            ),
+            _support(row),
             str(row.scenarios),
         )
         for row in rows
@@ -57,19 +53,21 @@ def support_table(rows: Sequence[SupportRow]) -> Grid:
 
 
 def _support(row: SupportRow) -> str:
-    parts = (row.status, row.reason, row.scale, row.softcap, row.shift, row.extras)
-    return "; ".join(filter(None, parts))
+    facts = (row.scale, row.softcap, row.added, row.shift, row.extras)
+    return "; ".join(filter(None, (row.status, *facts, row.reason)))
 
 
 def support_markdown(rows: Sequence[SupportRow]) -> str:
     """The support table of the README: counts, families with facts, and what is not fused."""
     swept = [row for row in rows if row.status != "not swept"]
-    known = [row for row in rows if row.scale or row.softcap or row.shift]
-    columns = ("family", "classes", "scale", "softcap", "labels", "ways compared")
+    columns = ("family", "classes", "scale", "softcap", "bias", "labels", "ways compared")
     cells = [
-        (row.family, ", ".join(row.classes), row.scale, row.softcap, row.shift, _ways(row))
-        for row in known
-        if row.status in ("fused", "not swept")
+        (
+            *(row.family, ", ".join(row.classes)),
+            *(row.scale, row.softcap, row.added, row.shift, _ways(row)),
+        )
+        for row in rows
+        if row.registered and row.status in ("fused", "not swept")
     ]
     refused = [
         (name, row.reason) for row in swept if row.status == "refused" for name in row.classes
@@ -77,12 +75,21 @@ def support_markdown(rows: Sequence[SupportRow]) -> str:
     missing = [name for row in swept if row.status == "not built" for name in row.classes]
     return "\n\n".join(
         [
-            *(_counts(swept, task) for task in ("causal", "multimodal")),
+            *(_counts(swept, task) for task in _TASKS),
             markdown_table(columns, cells),
             markdown_table(("refused", "why"), refused),
             f"Never built small, so not compared: {', '.join(missing) or 'none'}.",
         ]
     )
+
+
+_TASKS = {
+    "causal": "causal language models",
+    "multimodal": "other multimodal classes, by text",
+    "seq2seq": "sequence-to-sequence classes, of text and speech",
+    "masked": "masked language models",
+    "pretraining": "classes that also judge the whole text",
+}
 
 
 def _counts(rows: Sequence[SupportRow], task: str) -> str:
@@ -91,9 +98,12 @@ def _counts(rows: Sequence[SupportRow], task: str) -> str:
         if row.task == task:
             counts[row.status] = counts.get(row.status, 0) + len(row.classes)
     versions = ", ".join(sorted({row.transformers for row in rows}))
-    of_what = "causal language models" if task == "causal" else "other multimodal classes, by text"
     verdicts = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
-    return f"transformers {versions}, {sum(counts.values())} {of_what}: {verdicts}."
+    text = f"transformers {versions}, {sum(counts.values())} {_TASKS[task]}: {verdicts}."
+    if task in ("causal", "multimodal"):
+        return text
+    fused = [row for row in rows if row.task == task and row.status == "fused"]
+    return f"{text} Fused: {', '.join(sorted(name for row in fused for name in row.classes))}."
 
 
 def _ways(row: SupportRow) -> str:

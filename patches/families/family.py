@@ -24,10 +24,12 @@ class Family:
         scale_field: Config field of the factor on the logits; None for none.
         scale_divides: The logits are divided by the field, not multiplied.
         softcap_field: Config field of the cap (its value may be None); None for no cap.
-        own_loss: What the forward calls itself, "cross_entropy" or "CrossEntropyLoss", on labels
-            that are not shifted; it knows neither `num_items_in_batch` nor `shift_labels`. "" where
-            it uses `self.loss_function`.
+        own_loss: Where the forward itself does not name the loss that it calls (registry.py):
+            "cross_entropy", on labels that are not shifted; it knows neither `num_items_in_batch`
+            nor `shift_labels`.
         unshifted: The forward gives its labels to `self.loss_function` as `shift_labels`.
+        bias_field: Path of the buffer or parameter that is added to the head's output, [1, vocab]
+            or [vocab]; "" for none.
     """
 
     name: str
@@ -38,3 +40,4 @@ class Family:
     softcap_field: str | None = None
     own_loss: str = ""
     unshifted: bool = False
+    bias_field: str = ""

@@ -36,6 +36,7 @@ FAMILIES = (
             "Gemma4ForConditionalGeneration",
             "Gemma4UnifiedForCausalLM",
             "Gemma4UnifiedForConditionalGeneration",
+            "T5GemmaForConditionalGeneration",
             "T5Gemma2ForConditionalGeneration",
         ),
         transformers="5.17",

@@ -1,9 +1,10 @@
-"""Every causal LM class of this transformers, patched, trains like stock or is refused by name.
+"""Every class with an LM head of this transformers trains like stock or is refused by name.
 
-So does the text path of every multimodal one. A run takes a share of the classes that the date
-picks, the next one on the next day; `-m slow` takes all of them. What a run found is repeated with
-`CONFORMANCE_SHARE`, which a failure names, or by the name of the class with `-m slow -k`. The
-committed verdicts (patches/conformance.json) are held to what the run finds.
+Causal, sequence-to-sequence and masked ones, and the text path of multimodal ones. A run takes a
+share of the classes that the date picks, the next one on the next day; `-m slow` takes all of them.
+What a run found is repeated with `CONFORMANCE_SHARE`, which a failure names, or by the name of the
+class with `-m slow -k`. The committed verdicts (patches/conformance.json) are held to what the run
+finds.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ SHARES = 6
 TODAY = datetime.date.today().toordinal()
 SHARE = int(os.environ.get("CONFORMANCE_SHARE", TODAY)) % SHARES
 
-CAUSAL, MULTIMODAL = conformance.class_names(), conformance.multimodal_names()
-CLASSES = [*CAUSAL, *MULTIMODAL]
+CLASSES = [name for part in conformance.PARTS for name in conformance.class_names(part)]
 MINE = conformance.share_of(CLASSES, SHARE, SHARES)
 
 
@@ -41,7 +41,7 @@ def committed() -> dict:
 def check(name: str) -> None:
     """Fused or refused, nothing else; and as committed where that is of this transformers."""
     record = conformance.judge(name)
-    known = {**committed()["multimodal"], **committed()["classes"]}.get(name, {})
+    known = next((committed()[p][name] for p in conformance.PARTS if name in committed()[p]), {})
     version = transformers.__version__
     told = f"CONFORMANCE_SHARE={SHARE}: {record['verdict']}: {record['reason']}"
     if committed()["transformers"] == version:
@@ -75,16 +75,19 @@ def test_shares_are_fair_and_cover_every_class() -> None:
     assert max(map(len, shares)) <= len(CLASSES) / SHARES * 1.5
 
 
-def test_the_committed_sweep_is_whole_and_clean() -> None:
-    records = committed()["classes"]
+FUSED = {"classes": 165, "multimodal": 70, "seq2seq": 1, "masked": 1, "pretraining": 1}
+"""How many classes of a part are fused at least."""
+
+
+@pytest.mark.parametrize("part", conformance.PARTS)
+def test_the_committed_sweep_is_whole_and_clean(part: str) -> None:
+    records = committed()[part]
     if committed()["transformers"] == transformers.__version__:
-        assert sorted(records) == sorted(CAUSAL)
-        assert sorted(committed()["multimodal"]) == sorted(MULTIMODAL)
+        assert sorted(records) == sorted(conformance.class_names(part))
     verdicts = [record["verdict"] for record in records.values()]
-    assert set(verdicts) <= {"fused", "refused"}
-    assert verdicts.count("fused") >= 165
-    others = [record["verdict"] for record in committed()["multimodal"].values()]
-    assert set(others) <= {"fused", "refused", "not built"}
+    allowed = ("fused", "refused") if part == "classes" else ("fused", "refused", "not built")
+    assert set(verdicts) <= set(allowed)
+    assert verdicts.count("fused") >= FUSED[part]
     for name, record in records.items():
         assert record["verdict"] == "fused" or record["reason"], name
 

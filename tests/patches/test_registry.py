@@ -156,7 +156,9 @@ def test_the_support_table_names_existing_classes_once() -> None:
     assert by_family["Granite"].scale == "/ config.logits_scaling"
     assert by_family["Cohere"].scale == "* config.logit_scale"
     assert by_family["Gemma 2 / 3"].softcap == "final_logit_softcapping"
-    assert by_family["BART decoders"].shift and not by_family["llama"].shift
+    assert by_family["BART"].added == "+ final_logits_bias"
+    assert by_family["bart"].shift == "not shifted, CrossEntropyLoss of its own"
+    assert by_family["modernbert"].shift == "not shifted" and not by_family["llama"].shift
     assert by_family["phi"].bias and not by_family["llama"].bias
     assert by_family["qwen2_moe"].extras and not by_family["qwen2"].extras
 
@@ -184,4 +186,6 @@ def test_the_facts_that_a_row_tells_are_those_of_its_family() -> None:
         if row is not None:
             assert (family.scale_field or "") in row.scale
             assert (family.softcap_field or "") == row.softcap
-            assert bool(row.shift) == bool(family.own_loss or family.unshifted)
+            assert (family.bias_field in row.added) if family.bias_field else not row.added
+            assert row.shift or not (family.own_loss or family.unshifted)
+            assert family.own_loss in row.shift

@@ -1,8 +1,8 @@
-"""The conformance sweep: every causal LM class, tiny and patched, against its stock self.
+"""The conformance sweep: every class with an LM head, tiny and patched, against its stock self.
 
-`python tests/support/conformance.py --write` runs it over all of MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-and writes the verdicts to patches/conformance.json; `python tests/support/conformance.py NAME ...`
-prints those of some classes. test_conformance.py runs a share of it and compares the file with it.
+`python tests/support/conformance.py --write` runs it over the mappings of `PARTS` and writes the
+verdicts to patches/conformance.json; `python tests/support/conformance.py NAME ...` prints those of
+some classes. test_conformance.py runs a share of it and compares the file with it.
 """
 
 from __future__ import annotations
@@ -29,29 +29,49 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
 from hf_fused_head import UnsupportedModelError, apply_patch, patch_report
+from hf_fused_head.patches.eligibility import shifts_labels
+from hf_fused_head.patches.registry import facts_of, family_of
+from hf_fused_head.patches.support import spell_shift
 
 RESULT = Path(__file__).parents[2] / "patches" / "conformance.json"
-SAMPLES = 4
-MULTIMODAL_MAPPINGS = (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
+SAMPLES = 8
+PARTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "classes": (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
+    # Their text path is swept.
+    "multimodal": (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ),
+    "seq2seq": (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    ),
+    "masked": (MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
+    "pretraining": (MODEL_FOR_PRETRAINING_MAPPING_NAMES,),
+}
+"""The parts of the result file, and the mappings of transformers whose classes they hold."""
 
 
-def class_names() -> list[str]:
-    """Every causal LM class of this transformers, in the order of its mapping."""
-    return _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def multimodal_names() -> list[str]:
-    """The classes of the image-text and multimodal mappings, whose text path is swept."""
-    causal = class_names()
-    names = dict.fromkeys(name for mapping in MULTIMODAL_MAPPINGS for name in _classes(mapping))
-    return [name for name in names if name not in causal]
+def class_names(part: str) -> list[str]:
+    """The classes of a part, in the order of its mappings; none of those of a part before it."""
+    seen: dict[str, None] = {}
+    for name, mappings in PARTS.items():
+        found = dict.fromkeys(cls for mapping in mappings for cls in _classes(mapping))
+        if name == "pretraining":
+            # Others predict no tokens.
+            found = [cls for cls in found if getattr(transformers, cls)._tied_weights_keys]
+        if name == part:
+            return [cls for cls in found if cls not in seen]
+        seen |= dict.fromkeys(found)
+    raise ValueError(f"`part` must be one of {list(PARTS)}, got {part!r}: see PARTS")
 
 
 def _classes(mapping: dict[str, Any]) -> list[str]:
@@ -156,7 +176,8 @@ def run(model: Any, scenario: Scenario) -> Result:
     loss = output[0]
     layout = tuple(output) if isinstance(output, dict) else (str(len(output)),)
     if scenario.evaluation:
-        return Result(loss, {"logits": output.logits * 1}, layout)
+        logits = output.logits if "logits" in output else output.prediction_logits
+        return Result(loss, {"logits": logits * 1}, layout)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return Result(loss.detach(), gradients, layout)
@@ -305,14 +326,16 @@ def judge(name: str) -> dict[str, Any]:
 def facts(name: str, model: Any) -> dict[str, Any]:
     """What a support table tells of the class."""
     head = model.get_output_embeddings()
+    own_loss = facts_of(model, family_of(model)).own_loss
     types = [
         model_type
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL_MAPPINGS)
+        for mapping in (mapping for mappings in PARTS.values() for mapping in mappings)
         for model_type, value in mapping.items()
         if name in ([value] if isinstance(value, str) else value)
     ]
     return {
         "model_types": list(dict.fromkeys(types)),
+        "labels": "" if shifts_labels(model) else spell_shift(own_loss),
         "bias": getattr(head, "bias", None) is not None,
         "router_loss": applies(SCENARIO["router loss by keyword"], model),
     }
@@ -389,8 +412,7 @@ def main() -> None:
         return
     result = {
         "transformers": transformers.__version__,
-        "classes": sweep(class_names()),
-        "multimodal": sweep(multimodal_names()),
+        **{part: sweep(class_names(part)) for part in PARTS},
     }
     if options.write:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")

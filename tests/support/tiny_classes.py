@@ -1,4 +1,4 @@
-"""Every causal LM class of transformers as a tiny random model, by rules and a few exceptions.
+"""Every class of transformers with an LM head as a tiny random model, by rules and exceptions.
 
 A class is built small by rules on the names of its config's fields (`SIZES`), with every transform
 of the logits forced on and felt (`TRANSFORMS`). Where the rules do not fit a class, `SETTINGS` says
@@ -13,11 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tiny_multimodal
+import tiny_seq2seq
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 VOCAB_SIZE = 101  # prime: no multiple of any tile
 MAX_PARAMETERS = 10**7
@@ -114,7 +119,7 @@ FELT: dict[str, tuple[str, ...]] = {
 """Classes that must feel them."""
 
 SCALES = {"initializer_range": 0.2, "init_std": 0.2, "embed_init_std": 0.2}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 # The grouped products of the other implementations take no float64, which the oracle needs.
 EAGER = {"experts_implementation": "eager"}
 
@@ -229,18 +234,33 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 """Other settings of a class that change what it does to its logits, by the name of the variant."""
 
 
+_SETTINGS = (SETTINGS, tiny_seq2seq.SETTINGS, tiny_multimodal.SETTINGS)
+_INPUTS = (INPUTS, tiny_seq2seq.INPUTS, tiny_multimodal.INPUTS)
+_DECODERS = {
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+}
+
+
 def build(name: str, seed: int = 0, **settings: Any) -> Any:
     """A tiny random model of the class, the same one for the same seed."""
     cls = getattr(transformers, name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        own = SETTINGS.get(name) or tiny_multimodal.SETTINGS.get(name, {})
+        own = {"is_decoder": False} if _is_encoder(name, cls) else {}
+        own |= next((table[name] for table in _SETTINGS if name in table), {})
         config = tiny_config(cls.config_class, own | settings)
         with _text_alone():
             _check_size(cls, config)
             model = cls(config)
         _make_head_felt(model)
     return model.train()
+
+
+def _is_encoder(name: str, cls: Any) -> bool:
+    """Whether tokens may attend to later ones, which some configs have to say."""
+    causal = name in _DECODERS or "CausalLM" in name
+    return not causal and hasattr(cls.config_class, "is_decoder")
 
 
 def _check_size(cls: type, config: Any) -> None:
@@ -285,7 +305,7 @@ def tiny_config(config_class: type, settings: dict[str, Any]) -> Any:
     """The config with the smallest sizes that the rules know of."""
     try:
         default = config_class()
-    except StrictDataclassError:
+    except (StrictDataclassError, ValueError):
         # Some have no default: what they cannot do without is among the settings.
         default = config_class(**_own(settings))
     return config_class(**_tiny_fields(default, settings))
@@ -359,11 +379,15 @@ def _small_sections(config: Any) -> dict[str, Any]:
 
 
 def _make_head_felt(model: Any) -> None:
-    """Logits that spread over several units; no bias of the head, and no matrix, is zero."""
+    """Logits that spread over several units; no bias of them, and no matrix, is zero."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             # Whatever lies behind a product with zero would be seen by no gradient.
             nn.init.normal_(parameter, std=0.1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.shape in ((VOCAB_SIZE,), (1, VOCAB_SIZE)) and tensor.is_floating_point():
+            # A bias of the logits, wherever it is kept.
+            nn.init.normal_(tensor, std=0.5)
     head = model.get_output_embeddings()
     for name, parameter in () if head is None else head.named_parameters():
         nn.init.normal_(parameter, std=0.5 if name.endswith("bias") else 0.3)
@@ -379,5 +403,6 @@ def batch(model: Any, rows: int = 2, length: int = 11, seed: int = 0) -> dict[st
     labels[:, length // 2] = -100
     inputs = {"input_ids": input_ids, "labels": labels}
     name = type(model).__name__
-    extra = INPUTS.get(name) or tiny_multimodal.INPUTS.get(name)
-    return inputs if extra is None else inputs | extra(model, inputs)
+    extra = next((table[name] for table in _INPUTS if name in table), None)
+    inputs |= {} if extra is None else extra(model, inputs)
+    return {key: value for key, value in inputs.items() if value is not None}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from causal_loss import in_float64
@@ -93,14 +94,17 @@ def trained(trainer_class: type[Trainer], model: nn.Module, data: list, **settin
     return trainer
 
 
-def assert_same_training(model: nn.Module, data: list, folder: Path, **changes: object) -> None:
+def assert_same_training(
+    model: nn.Module, data: list, folder: Path, data_collator: Any = None, **changes: object
+) -> None:
     """Losses, evaluation loss and weights: fused against stock, by stock's distance to float64."""
     stock, truth = copy.deepcopy(model), in_float64(model)
     before = [weight.detach().clone() for weight in model.parameters()]
     args = arguments(folder, **changes)
-    expected = trained(Trainer, stock, data, args=args)
-    exact = trained(Trainer, truth, data, args=args)
-    ours = trained(FusedHeadTrainer, model, data, args=args)
+    settings = {"args": args, "data_collator": data_collator}
+    expected = trained(Trainer, stock, data, **settings)
+    exact = trained(Trainer, truth, data, **settings)
+    ours = trained(FusedHeadTrainer, model, data, **settings)
     assert patch_report(model).fused
     for key in ("loss", "eval_loss", "grad_norm"):
         found, wanted = history(ours, key).float(), history(expected, key).float()
