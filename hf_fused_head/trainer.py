@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
+from hf_fused_head.callbacks import SpeedCallback, StartLine
 from hf_fused_head.distributed.dtensor import has_dtensors
 from hf_fused_head.distributed.sharded_checkpoint import (
     gathered_tensors,
@@ -54,6 +55,10 @@ class FusedHeadTrainer(Trainer):
     Logs of training also hold `mean_token_accuracy`, `entropy` and `perplexity`: means over the
     tokens with loss since the last log, on all processes. Evaluation returns them with its prefix.
     `perplexity` is that of the plain cross-entropy, whatever smoothing or z-loss is trained on.
+    Every callback gets them beside the loss, as it gets stock metrics; those of
+    `callbacks.SpeedCallback` too.
+
+    After the first step a line says what is fused, by which path and schedule.
 
     With label smoothing a mixture-of-experts model keeps its auxiliary loss; the stock Trainer,
     which takes the labels away from the model, loses it there.
@@ -99,6 +104,7 @@ class FusedHeadTrainer(Trainer):
         self._targets: Tensor | None = None
         with saves_optimizer_itself(model, args):
             super().__init__(model, args, *positional, **keywords)
+        self.add_callback(StartLine())
         if model is not None:
             self._patch(model)
         # Put back if the model turns out, at its first forward, to be one that cannot be fused.
@@ -193,6 +199,9 @@ class FusedHeadTrainer(Trainer):
         if self.is_in_train and "loss" in logs:
             logs.update(self._train_sums.means(self._over_processes))
             self._train_sums = TokenSums()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SpeedCallback):
+                    logs.update(callback.metrics(self.state))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
