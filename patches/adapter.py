@@ -173,7 +173,7 @@ def last_stats(model: nn.Module) -> LossStats | None:
 
     Returns:
         Those that `apply_patch(stats=...)` asked for beside the loss; None before the first fused
-        forward and where nothing was asked for.
+        forward, where nothing was asked for, and after one of TRL's, whose output has them.
     """
     state = state_of(model)
     return None if state is None or state.stats is None else LossStats(*state.stats)  # type: ignore[arg-type]

@@ -185,8 +185,12 @@ def run_head(
 def _of_operands(
     pairs: list[tuple[Tensor, Tensor]], target: Tensor, head: LinearOperands, settings: Settings
 ) -> LossStats | TokenLogProbs:
+    bias = head.bias
+    if isinstance(settings, TokenSettings) and settings.in_float32:
+        pairs = [(hidden.float(), weight.float()) for hidden, weight in pairs]
+        bias = None if bias is None else bias.float()
     how: dict[str, Any] = {
-        "linear_bias": head.bias,
+        "linear_bias": bias,
         "impl": settings.impl,
         "memory_budget_mib": settings.memory_budget_mib,
         "process_group": head.group,

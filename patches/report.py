@@ -142,7 +142,7 @@ def _facts(target: Any, state: PatchState) -> PatchReport:
     weight, embeddings = _stored(base, "weight"), _input_embeddings(target)
     return PatchReport(
         fused=True,
-        reason="forwards with labels compute the loss inside the head",
+        reason="forwards with labels compute the loss inside the head" + _for_trl(target),
         family="" if family is None else family.name,
         scale=facts.logit_scale,
         softcap=facts.softcap,
@@ -162,6 +162,13 @@ def _input_embeddings(target: Any) -> Any:
         return target.get_input_embeddings()
     except NotImplementedError:
         return None
+
+
+def _for_trl(target: Any) -> str:
+    head = wrappers.trl_head(target.forward)
+    if head is None:
+        return ""
+    return f", those of TRL {' and '.join(head.outputs)} at temperature {head.temperature:g}"
 
 
 def _stored(module: Any, name: str) -> Any:

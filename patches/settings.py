@@ -43,6 +43,7 @@ class TokenSettings(NamedTuple):
         impl: As for `apply_patch`.
         memory_budget_mib: As for `apply_patch`.
         logit_bias: As for a loss.
+        in_float32: Whether a head of lower precision is copied to float32.
     """
 
     options: LossOptions
@@ -51,6 +52,7 @@ class TokenSettings(NamedTuple):
     impl: str
     memory_budget_mib: float | None
     logit_bias: Tensor | None = None
+    in_float32: bool = False
 
 
 Settings = LossSettings | TokenSettings

@@ -93,6 +93,7 @@ class TokenForward(FusedForward):
             options.impl,
             options.memory_budget_mib,
             self.facts.logit_bias,
+            in_float32=self.request.head.cast_to_float32,
         )
 
     def _differentiable(self, result: HeadResult) -> Tensor:

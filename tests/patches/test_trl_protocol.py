@@ -39,22 +39,12 @@ def from_logits(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     output = model(input_ids=inputs["input_ids"])
     logits = output.logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
-    labels = inputs["labels"][:, 1:]
-    logits = logits[:, :-1]
     if "shift_labels" in inputs:
-        labels, logits = inputs["shift_labels"], output.logits.to(logits.dtype) / TEMPERATURE
-    keep, index = labels != -100, labels.clamp(min=0)
-    probs = logits.log_softmax(-1)
-    log_probs = probs.gather(-1, index[..., None])[..., 0].masked_fill(~keep, 0)
-    fields = {
-        "log_probs": log_probs,
-        "entropy": -(probs.exp() * probs).sum(-1).masked_fill(~keep, 0),
-        "log_sum_sq_probs": (2 * probs).logsumexp(-1).masked_fill(~keep, 0).detach(),
-        "mean_logits": logits.mean(-1).masked_fill(~keep, 0).detach(),
-        "is_top1": (logits.argmax(-1) == index) & keep,
-        "label_mask": keep,
-        "loss": -log_probs.sum() / inputs.get("num_items_in_batch", keep.sum().clamp(min=1)),
-    }
+        fields = from_given_logits(logits, inputs["shift_labels"])
+    else:
+        fields = from_given_logits(logits[:, :-1], inputs["labels"][:, 1:])
+    count = inputs.get("num_items_in_batch", fields["label_mask"].sum().clamp(min=1))
+    fields["loss"] = -fields["log_probs"].sum() / count
     aux_loss = output.get("aux_loss")
     if aux_loss is not None:
         config = model.config.get_text_config()
@@ -63,11 +53,27 @@ def from_logits(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return fields
 
 
+def from_given_logits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The fields per token of logits at the labels' positions, divided by the temperature."""
+    keep, index = labels != -100, labels.clamp(min=0)
+    probs = logits.log_softmax(-1)
+    log_probs = probs.gather(-1, index[..., None])[..., 0].masked_fill(~keep, 0)
+    return {
+        "log_probs": log_probs,
+        "entropy": -(probs.exp() * probs).sum(-1).masked_fill(~keep, 0),
+        "log_sum_sq_probs": (2 * probs).logsumexp(-1).masked_fill(~keep, 0).detach(),
+        "mean_logits": logits.mean(-1).masked_fill(~keep, 0).detach(),
+        "is_top1": (logits.argmax(-1) == index) & keep,
+        "label_mask": keep,
+    }
+
+
 def gradients(model: nn.Module, fields: Any) -> dict[str, Tensor | None]:
     """Of any upstream gradients on what has one."""
     model.zero_grad(set_to_none=True)
     values = [fields["log_probs"], fields["entropy"], fields["loss"]]
-    upstreams = [torch.randn(value.shape, generator=seeded(3)) for value in values]
+    drawn = [torch.randn(value.shape, generator=seeded(3)) for value in values]
+    upstreams = [upstream.to(values[0].device) for upstream in drawn]
     torch.autograd.backward(
         [(v * u).sum() for v, u in zip(values, upstreams, strict=True) if v.requires_grad]
     )
@@ -110,6 +116,14 @@ def test_every_family(family: str, order: str) -> None:
     else:
         apply_patch(with_trls_head(model))
     assert_like_logits(model, stock, batch(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_on_a_gpu(family: str, dtype: torch.dtype) -> None:
+    model, stock = (build(family).to("cuda", dtype) for _ in range(2))
+    assert_like_logits(with_trls_head(apply_patch(model)), stock, batch(stock))
 
 
 def shifted(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -206,6 +220,30 @@ def test_adapters_are_switched_off_for_the_reference() -> None:
         exact = from_logits(stock.double(), inputs)
     assert not found.log_probs.requires_grad
     assert_fields_close(found, wanted, exact)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_in_float32(autocast: bool) -> None:
+    """`cast_lm_head_to_fp32` of TRL, on hidden states and on a head of lower precision."""
+    model, trls = build("phi").bfloat16(), build("phi").bfloat16()
+    inputs = batch(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = trls.model(inputs["input_ids"])[0]
+        for each in (apply_patch(model), trls):
+            with_trls_head(each, cast_lm_head_to_fp32=True)
+        output, wanted = (each(**inputs, fused_lm_head=True) for each in (model, trls))
+    truth = copy.deepcopy(trls.lm_head).double()(hidden.double())[:, :-1] / TEMPERATURE
+    exact = from_given_logits(truth, inputs["labels"][:, 1:])
+    for name in ("log_probs", "entropy"):
+        assert output[name].dtype == torch.float32
+        assert_close_as_torch(name, output[name], wanted[name], exact[name])
+    output.loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.bfloat16
+
+
+def test_the_report_tells_what_trl_is_given() -> None:
+    model = with_trls_head(apply_patch(build("llama")), outputs=("log_probs", "entropy"))
+    assert "those of TRL log_probs and entropy at temperature 0.7" in patch_report(model).reason
 
 
 def test_only_what_trl_asked_for_is_computed() -> None:

@@ -28,7 +28,7 @@ from trl_runs import (
     weights_of,
 )
 
-from hf_fused_head import apply_patch, patch_trainer
+from hf_fused_head import apply_patch, patch_report, patch_trainer, remove_patch
 
 
 class Case(NamedTuple):
@@ -177,6 +177,22 @@ def test_adapters_on_the_head_are_trained(when: str, tmp_path: Path) -> None:
 def remove_trls_head(model: Any) -> Any:
     del model.forward
     return model
+
+
+def test_remove_patch_gives_back_the_head_that_trl_runs_in_float32(tmp_path: Path) -> None:
+    build = functools.partial(policy, **UNTIED)
+    made = trainer("grpo", tmp_path, apply_patch, build=build, cast_lm_head_to_fp32=True)
+    run(made)
+    remove_patch(made.model)
+    head = made.model.lm_head
+    assert type(head) is nn.Linear and head.forward.__name__ == "cast_forward_to_fp32"
+    assert patch_report(apply_patch(made.model)).fused
+
+
+def test_a_model_in_accelerates_wrappers_is_patched_again(tmp_path: Path) -> None:
+    made = run(trainer("sft", tmp_path, apply_patch, bf16=True))
+    apply_patch(made.model, memory_budget_mib=32)
+    assert patch_report(made.model).fused
 
 
 def test_another_temperature_is_seen(tmp_path: Path) -> None:
