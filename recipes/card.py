@@ -28,10 +28,11 @@ def write_card(
         metrics: Of the evaluation after it.
     """
     name = folder.resolve().name
+    package = "peft" if adapter else "transformers"
     data = ModelCardData(
         # A name of the hub; folders and models made on the spot are none.
         base_model=base if "/" in base and not Path(base).exists() else None,
-        library_name="peft" if adapter else "transformers",
+        library_name=package,
         pipeline_tag="text-generation",
         tags=["hf-fused-head", *(["lora"] if adapter else [])],
         model_name=name,
@@ -41,11 +42,7 @@ def write_card(
         ],
     )
     what = "LoRA adapters for" if adapter else "All weights of"
-    package, loader = (
-        ("peft", "AutoPeftModelForCausalLM")
-        if adapter
-        else ("transformers", "AutoModelForCausalLM")
-    )
+    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     shown = {**facts, **{f"evaluation {key}": f"{value:.4g}" for key, value in metrics.items()}}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     ModelCard(

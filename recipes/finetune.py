@@ -99,12 +99,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-steps", type=positive, default=40, metavar="N", help="default: 40")
     add("--seq-len", type=positive, default=256, metavar="N", help="tokens a block, default: 256")
     add("--batch-size", type=positive, default=8, metavar="N", help="blocks a step, default: 8")
-    add("--lr", type=float, help="default: 5e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")
+    add("--lr", type=float, help="default: 2e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")
     add("--seed", type=int, default=0, help="default: 0")
     add("--output-dir", type=Path, help="must be new or empty; default: outputs/finetune-<time>")
     options = parser.parse_args(argv)
     if options.lr is None:
-        options.lr = 5e-3 if options.model == "tiny" else 2e-5 if options.full else 2e-4
+        options.lr = 2e-3 if options.model == "tiny" else 2e-5 if options.full else 2e-4
     if options.text_column is None:
         options.text_column = "messages" if options.chat else "text"
     if options.chat and options.dataset == "python-docs":

@@ -132,7 +132,8 @@ def test_full_fine_tuning_of_a_local_model(
 def test_the_default_run_learns_and_shows_stock_beside_fused(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert recipe.main([*SMALL, "--output-dir", str(tmp_path / "run")]) == 0
+    longer = [*SMALL, "--max-steps", "16"]
+    assert recipe.main([*longer, "--output-dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
     before, after = numbers(r"Evaluation perplexity (\d+) -> (\d+), accuracy", shown)
     assert after < before / 2
@@ -251,7 +252,8 @@ MISTAKES = {
     "chat without data": ("--chat", "--chat needs a --dataset of conversations"),
     "no messages": ("--chat --dataset table.jsonl", "no column 'messages', it has body"),
     "no conversation": (
-        *("--chat --text-column body --dataset table.jsonl", "conversation 1: 'body' must hold"),
+        "--chat --text-column body --dataset table.jsonl",
+        "conversation 1: 'body' must hold messages",
     ),
     "nothing to resume": ("--resume --output-dir full", "has no checkpoint"),
     "resume what": ("--resume", "--resume needs the --output-dir"),
