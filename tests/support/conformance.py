@@ -242,14 +242,8 @@ class Judge:
 
     def sample(self, scenario: Scenario, seed: int) -> Result:
         """Stock on weights that were changed within their rounding: as right, rounded otherwise."""
-        model = copy.deepcopy(self.stock)
-        generator = torch.Generator().manual_seed(seed)
-        unit = torch.finfo(torch.bfloat16 if scenario.autocast else torch.float32).eps
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.rand(parameter.shape, generator=generator) - 0.5
-                parameter.mul_(1 + unit * noise)
-        return run(model, scenario)
+        dtype = torch.bfloat16 if scenario.autocast else torch.float32
+        return run(within_rounding(self.stock, seed, dtype), scenario)
 
     def truth(self, scenario: Scenario, expected: Result) -> Result:
         """The float64 result, made once for the scenarios that share it."""
@@ -262,6 +256,17 @@ class Judge:
                 self.truth_dtype = f"float32 ({_one_line(error)})"
                 self.truths[scenario.truth] = expected
         return self.truths[scenario.truth]
+
+
+def within_rounding(stock: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy whose weights were changed within the rounding of a dtype."""
+    model = copy.deepcopy(stock)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.rand(parameter.shape, generator=generator) - 0.5
+            parameter.mul_(1 + torch.finfo(dtype).eps * noise)
+    return model
 
 
 def compare(got: Result, samples: list[Result], truth: Result, autocast: bool) -> None:
