@@ -1,13 +1,15 @@
 """Fine-tunes a causal language model whose loss never makes logits.
 
     python recipes/finetune.py                                # a small Llama, made on the spot
-    python recipes/finetune.py --compare                      # the same steps, stock and fused
+    python recipes/finetune.py --chat --dataset chats.jsonl   # loss on the assistant's turns only
+    python recipes/finetune.py --resume --output-dir folder   # on from its last checkpoint
     python recipes/finetune.py --model HuggingFaceTB/SmolLM2-135M --dataset my_notes.txt
     torchrun --nproc-per-node=2 recipes/finetune.py           # on two GPUs, or two CPU processes
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/finetune.py --full
 
 Without options it needs no hub and no GPU: the model is built and its tokenizer trained here, and
-the text is the documentation that every Python carries. The lines that matter are in `train()`:
+the text is the documentation that every Python carries; the same steps run with the stock head and
+with the fused one. The lines that matter are in `train()`:
 `FusedHeadTrainer` stands where `transformers.Trainer` would, and nothing else changes.
 """
 
@@ -15,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,28 +30,20 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from card import write_card
+from chat import contents, load_chats, pack_chats
 from head_memory import measure_head_bytes
 from launch import Launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from rich.table import Table
 from sources import UserError, load_config, load_model, load_texts, pack
+from summary import Run, comparison, learned_line, saved_line
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fused_head import FusedHeadTrainer, UnsupportedModelError
 
-MIB = 2**20
 EVAL_BLOCKS = 16
-
-
-@dataclass
-class Run:
-    """What one training run showed."""
-
-    losses: list[tuple[int, float]]  # (step, mean loss since the step before)
-    eval_loss: float
-    step_ms: float
-    head_bytes: int | None  # None where other processes hold parts of the head
 
 
 class StepClock(TrainerCallback):
@@ -87,18 +82,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="python-docs",
         help="python-docs (default), local .txt / .jsonl file, or hub name[:config]",
     )
-    add("--text-column", default="text", help="column with the text (default: text)")
+    add("--text-column", help="column with the text (default: text; with --chat: messages)")
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")
-    add("--compare", action="store_true", help="run the same steps with the stock head as well")
+    add(
+        "--chat",
+        action="store_true",
+        help="the column holds messages: the model's chat template, loss on assistant turns only",
+    )
+    add(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="run the same steps with the stock head as well; default: for tiny, in one process",
+    )
+    add("--save-steps", type=positive, metavar="N", help="a checkpoint every N steps, to resume")
+    add("--resume", action="store_true", help="on from the last checkpoint in --output-dir")
     add("--max-steps", type=positive, default=40, metavar="N", help="default: 40")
     add("--seq-len", type=positive, default=256, metavar="N", help="tokens a block, default: 256")
     add("--batch-size", type=positive, default=8, metavar="N", help="blocks a step, default: 8")
-    add("--lr", type=float, help="default: 5e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")
+    add("--lr", type=float, help="default: 2e-3 for tiny, else 2e-4 (LoRA) or 2e-5 (--full)")
     add("--seed", type=int, default=0, help="default: 0")
     add("--output-dir", type=Path, help="must be new or empty; default: outputs/finetune-<time>")
     options = parser.parse_args(argv)
     if options.lr is None:
-        options.lr = 5e-3 if options.model == "tiny" else 2e-5 if options.full else 2e-4
+        options.lr = 2e-3 if options.model == "tiny" else 2e-5 if options.full else 2e-4
+    if options.text_column is None:
+        options.text_column = "messages" if options.chat else "text"
+    if options.chat and options.dataset == "python-docs":
+        parser.error("--chat needs a --dataset of conversations")
+    if options.resume and options.output_dir is None:
+        parser.error("--resume needs the --output-dir of the run to go on with")
     return options
 
 
@@ -109,15 +121,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def output_folder(wanted: Path | None, is_main: bool) -> Path:
+def output_folder(wanted: Path | None, is_main: bool, resume: bool) -> Path:
     """The folder to write to, which must not hold anything before the main process writes."""
-    folder = wanted or Path("outputs") / time.strftime("finetune-%Y%m%d-%H%M%S")
+    # Absolute, since PEFT writes into an adapter where its base is.
+    folder = (wanted or Path("outputs") / time.strftime("finetune-%Y%m%d-%H%M%S")).resolve()
+    if resume:
+        if not folder.is_dir() or get_last_checkpoint(folder) is None:
+            raise UserError(f"--resume: {folder} has no checkpoint, start with --save-steps N")
+        return folder
     if not is_main:
         return folder
     if folder.is_file():
-        raise UserError(f"--output-dir {folder} is a file: name a new folder")
+        raise UserError(f"--output-dir {wanted} is a file: name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output-dir {folder} is not empty: name a new folder")
+        raise UserError(f"--output-dir {wanted} is not empty: name a new folder, or pass --resume")
     return folder
 
 
@@ -156,7 +173,9 @@ def train(
         learning_rate=options.lr,
         weight_decay=0.0,
         logging_steps=max(1, options.max_steps // 10),
-        save_strategy="no",
+        save_strategy="no" if stock or options.save_steps is None else "steps",
+        save_steps=options.save_steps or 1,
+        save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
         # Without it, processes on a machine without GPUs would not know of one another.
         use_cpu=not torch.cuda.is_available(),
@@ -181,13 +200,23 @@ def train(
         batch = trainer.data_collator(rows)
         batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         head_bytes = measure_head_bytes(model, batch)
-    trainer.train()
+    before = {} if launch.processes > 1 else evaluated(trainer, "before")
+    last = get_last_checkpoint(options.output_dir) if options.resume and not stock else None
+    trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    eval_loss = trainer.evaluate()["eval_loss"]
+    after = evaluated(trainer, "eval")
     # The first step warms caches up, so it is no measure of the others.
     step_ms = statistics.median(clock.steps_ms[1:] or clock.steps_ms)
-    return trainer, Run(losses, eval_loss, step_ms, head_bytes)
+    return trainer, Run(losses, before, after, step_ms, head_bytes)
+
+
+def evaluated(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """Loss and perplexity, and what the fused head adds to them."""
+    metrics = trainer.evaluate(metric_key_prefix=prefix)
+    names = ("loss", "perplexity", "mean_token_accuracy", "entropy")
+    found = {n: metrics[f"{prefix}_{n}"] for n in names if f"{prefix}_{n}" in metrics}
+    return {"perplexity": math.exp(found["loss"]), **found}
 
 
 def batch_blocks(data: datasets.DatasetDict, options: argparse.Namespace) -> int:
@@ -195,66 +224,27 @@ def batch_blocks(data: datasets.DatasetDict, options: argparse.Namespace) -> int
     return min(options.batch_size, len(data["train"]))
 
 
-def comparison(stock: Run, fused: Run) -> Table:
-    """Losses, step time and peak head memory side by side, of one process each."""
-    if stock.head_bytes is None or fused.head_bytes is None:
-        raise ValueError("`stock` and `fused` must be runs of one process, which are measured")
-    table = Table("", "stock", "fused", "fused - stock", title="The same steps, twice")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for (step, ours), (_, theirs) in zip(fused.losses, stock.losses, strict=True):
-        table.add_row(
-            f"loss at step {step}", f"{theirs:.6f}", f"{ours:.6f}", f"{ours - theirs:+.1e}"
-        )
-    difference = fused.eval_loss - stock.eval_loss
-    table.add_row(
-        "evaluation loss", f"{stock.eval_loss:.6f}", f"{fused.eval_loss:.6f}", f"{difference:+.1e}"
-    )
-    table.add_section()
-    table.add_row(
-        "step, median ms",
-        f"{stock.step_ms:.0f}",
-        f"{fused.step_ms:.0f}",
-        f"{fused.step_ms / stock.step_ms - 1:+.0%}",
-    )
-    table.add_row(
-        "peak head memory, MiB",
-        f"{stock.head_bytes / MIB:.1f}",
-        f"{fused.head_bytes / MIB:.1f}",
-        f"{fused.head_bytes / stock.head_bytes - 1:+.0%}",
-    )
-    return table
-
-
-def saved_line(fused: Run, stock: Run | None, tokens: int, vocab_size: int, steps: int) -> str:
-    """What the head saved: from shapes, and measured where it was."""
-    logits_mib = tokens * vocab_size * 4 / MIB
-    line = (
-        f"The head never made its logits: {logits_mib:.1f} MiB of float32 ({tokens} tokens x "
-        f"{vocab_size} words) in each of {steps} steps"
-    )
-    if fused.head_bytes is None:
-        return f"{line} of every process."
-    line = f"{line}. Measured peak of head and loss: {fused.head_bytes / MIB:.1f} MiB"
-    if stock is None or stock.head_bytes is None:
-        return f"{line}; --compare measures the stock head too."
-    return f"{line} instead of {stock.head_bytes / MIB:.1f} MiB."
-
-
 def run(options: argparse.Namespace, launch: Launch) -> None:
     """Prepares, trains, compares, saves, and says what came of it."""
     console = Console(soft_wrap=True, quiet=not launch.is_main)
-    launch.check(options.seq_len, options.compare, options.full)
+    launch.check(options.seq_len, bool(options.compare), options.full)
+    if options.compare is None:
+        # Resumed steps are not all of them, so stock would take others.
+        options.compare = options.model == "tiny" and launch.processes == 1 and not options.resume
     launch.check_model(options.model, load_config(options.model) if launch.size("tp") > 1 else None)
-    options.output_dir = output_folder(options.output_dir, launch.is_main)
+    options.output_dir = output_folder(options.output_dir, launch.is_main, options.resume)
     set_seed(options.seed)
-    texts = load_texts(options.dataset, options.text_column)
+    chats = load_chats(options.dataset, options.text_column) if options.chat else []
+    texts = contents(chats) or load_texts(options.dataset, options.text_column)
     if options.model == "tiny":
         texts = list(texts)
     model, tokenizer = load_model(options.model, texts, options.seq_len, launch.size("tp"))
     # Sequence and tensor parallel processes share their blocks, the others have each their own.
     wanted = options.max_steps * options.batch_size * launch.processes + EVAL_BLOCKS
-    blocks = pack(texts, tokenizer, options.seq_len, wanted)
+    if options.chat:
+        blocks = pack_chats(chats, tokenizer, options.seq_len, wanted)
+    else:
+        blocks = pack(texts, tokenizer, options.seq_len, wanted)
     held_out = min(EVAL_BLOCKS, max(1, len(blocks) // 10))
     data = blocks.train_test_split(test_size=held_out, seed=options.seed)
     if not options.full:
@@ -277,12 +267,16 @@ def run(options: argparse.Namespace, launch: Launch) -> None:
         console.print("Fused head:")
     trainer, fused = train(model, data, options, stock=False, launch=launch)
     save(trainer, model, tokenizer, options, launch)
+    if launch.is_main:
+        card(options, fused, trainable)
     if stock is not None:
         console.print(comparison(stock, fused))
     console.print(
         f"Loss {fused.losses[0][1]:.3f} -> {fused.losses[-1][1]:.3f}, evaluation loss "
         f"{fused.eval_loss:.3f}, {fused.step_ms:.0f} ms a step; saved in {options.output_dir}"
     )
+    if fused.before:
+        console.print(learned_line(fused))
     tokens = (
         batch_blocks(data, options) * options.seq_len // (launch.size("cp") * launch.size("sp"))
     )
@@ -309,12 +303,34 @@ def save(
         trainer.save_state()
 
 
+def card(options: argparse.Namespace, fused: Run, trainable: int) -> None:
+    """Writes the model card of a run."""
+    write_card(
+        options.output_dir,
+        base=options.model,
+        dataset=options.dataset,
+        adapter=not options.full,
+        facts={
+            "loss on": "assistant turns" if options.chat else "every token",
+            "trained weights": f"{trainable:,}",
+            "steps": options.max_steps,
+            "blocks a step and process": options.batch_size,
+            "tokens a block": options.seq_len,
+            "peak learning rate": options.lr,
+            "seed": options.seed,
+        },
+        metrics=fused.after,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the recipe; 2 and one line on stderr when something the user named is wrong."""
     options = parse(argv)
     launch = Launch.from_environment(os.environ)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # Of PEFT for every checkpoint of adapters on the head, whose base is saved beside them.
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
     try:
         run(options, launch)
     except (UserError, UnsupportedModelError) as error:

@@ -27,6 +27,12 @@ from transformers import (
 )
 
 TINY_VOCABULARY = 8192
+# Of the tokenizer that is trained here.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{{ message['content'] }}<|endoftext|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 # What loading a model or a data set raises when it is the user's name for it that is wrong.
 _LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
@@ -51,10 +57,31 @@ def load_texts(name: str, column: str) -> Iterable[str]:
 
         return [topics[title] for title in sorted(topics)]
     path = Path(name)
-    if path.suffix in (".txt", ".jsonl", ".json"):
-        if not path.is_file():
-            raise UserError(f"--dataset {name}: no such file")
-        return [_read(path)] if path.suffix == ".txt" else _json_texts(path, column)
+    if path.suffix == ".txt":
+        return [_read(path)]
+    rows = load_rows(name, column)
+    if path.suffix in (".jsonl", ".json"):
+        # All of a file's lines are checked before the first is used.
+        rows = list(rows)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row[column], str):
+                raise UserError(f"{path}, line {number}: {column!r} must hold text")
+    return (row[column] for row in rows)
+
+
+def load_rows(name: str, column: str) -> Iterable[dict[str, Any]]:
+    """The rows of a .jsonl file or a data set of the hub.
+
+    Args:
+        name: As for `load_texts`.
+        column: What every row must have.
+
+    Raises:
+        UserError: If there is no such file, data set or column.
+    """
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_rows(path, column)
     repository, _, config = name.partition(":")
     try:
         dataset = load_dataset(repository, config or None, split="train")
@@ -62,7 +89,7 @@ def load_texts(name: str, column: str) -> Iterable[str]:
         raise UserError(f"--dataset {name}: cannot be loaded, {_first_line(error)}") from error
     if column not in dataset.column_names:
         raise UserError(_no_column(name, column, dataset.column_names))
-    return (row[column] for row in dataset)
+    return dataset
 
 
 def load_config(name: str) -> PretrainedConfig | None:
@@ -106,8 +133,10 @@ def load_model(
             model = load_gguf(path)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, **_cut_over(tensor_parallel))
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            # An adapter keeps the name of its base, which must not depend on the working folder.
+            where = str(path.resolve()) if path.is_dir() else name
+            model = AutoModelForCausalLM.from_pretrained(where, **_cut_over(tensor_parallel))
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except _LOAD_ERRORS as error:
         raise UserError(f"--model {name}: cannot be loaded, {_first_line(error)}") from error
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -160,7 +189,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=PLAIN_TEMPLATE,
     )
 
 
@@ -196,28 +228,56 @@ def pack(
     Raises:
         UserError: If the text is too short for two blocks, one to train on and one to evaluate on.
     """
-    blocks, tail, texts = [], [], iter(texts)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    while len(blocks) < max_blocks and (some := list(islice(texts, 100))):
-        # `verbose`: documents longer than the model reads are cut here, no reason for a warning.
-        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            tail += ids + end
-        whole = len(tail) // seq_len * seq_len
-        blocks += [tail[start : start + seq_len] for start in range(0, whole, seq_len)]
-        tail = tail[whole:]
-    if len(blocks) < 2:
-        found = len(blocks) * seq_len + len(tail)
+
+    def encoded() -> Iterator[tuple[list[int], list[int]]]:
+        left = iter(texts)
+        while some := list(islice(left, 100)):
+            # `verbose`: documents longer than the model reads are divided, no reason to warn.
+            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+                yield ids + end, ids + end
+
+    return blocks_of(encoded(), seq_len, max_blocks)
+
+
+def blocks_of(
+    encoded: Iterable[tuple[list[int], list[int]]], seq_len: int, max_blocks: int
+) -> Dataset:
+    """Documents as ids and labels, end to end, in blocks of `seq_len` tokens with some label.
+
+    Args:
+        encoded: No more of them are read than `max_blocks` needs.
+        seq_len: Tokens a block; what is left over at the end is dropped.
+        max_blocks: The most blocks to make.
+
+    Raises:
+        UserError: If there is too little for two blocks, one to train on and one to evaluate on.
+    """
+    blocks: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    ids: list[int] = []
+    labels: list[int] = []
+    found = 0
+    for more_ids, more_labels in encoded:
+        ids, labels, found = ids + more_ids, labels + more_labels, found + len(more_ids)
+        while len(ids) >= seq_len:
+            # The first label of a block has no token before it to be predicted from.
+            if any(label >= 0 for label in labels[1:seq_len]):
+                blocks["input_ids"].append(ids[:seq_len])
+                blocks["labels"].append(labels[:seq_len])
+            ids, labels = ids[seq_len:], labels[seq_len:]
+        if len(blocks["labels"]) >= max_blocks:
+            break
+    if len(blocks["labels"]) < 2:
         raise UserError(
             f"the text has {found} tokens, too short for two blocks of --seq-len {seq_len}: "
             "give more text or a smaller --seq-len"
         )
-    blocks = blocks[:max_blocks]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    return Dataset.from_dict({name: rows[:max_blocks] for name, rows in blocks.items()})
 
 
-def _json_texts(path: Path, column: str) -> Iterator[str]:
-    """The texts of a file with one JSON object a line, all checked before the first is used."""
-    texts = []
+def _json_rows(path: Path, column: str) -> list[dict[str, Any]]:
+    """The objects of a file with one a line, all checked before the first is used."""
+    rows = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -228,13 +288,13 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
         if not isinstance(record, dict) or column not in record:
             keys = list(record) if isinstance(record, dict) else []
             raise UserError(_no_column(f"{path}, line {number}", column, keys))
-        if not isinstance(record[column], str):
-            raise UserError(f"{path}, line {number}: {column!r} must hold text")
-        texts.append(record[column])
-    return iter(texts)
+        rows.append(record)
+    return rows
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"--dataset {path}: no such file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

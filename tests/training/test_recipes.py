@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from oracle import assert_close_as_torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,7 +129,134 @@ def test_full_fine_tuning_of_a_local_model(
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
+def test_the_default_run_learns_and_shows_stock_beside_fused(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = [*SMALL, "--max-steps", "16"]
+    assert recipe.main([*longer, "--output-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    before, after = numbers(r"Evaluation perplexity (\d+) -> (\d+), accuracy", shown)
+    assert after < before / 2
+    first, last = numbers(r"accuracy ([\d.]+)% -> ([\d.]+)%", shown)
+    assert last > first
+    numbers(r"evaluation perplexity +│ +([\d.]+) │ +([\d.]+) │", shown)
+
+
+def test_a_run_resumes_where_it_stopped(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest of the steps gives the adapter that all of them gave."""
+    output = tmp_path / "run"
+    options = [*SMALL, "--no-compare", "--output-dir", str(output)]
+    assert recipe.main([*options, "--save-steps", "3"]) == 0
+    whole = AutoPeftModelForCausalLM.from_pretrained(output).state_dict()
+    shutil.rmtree(output / "checkpoint-6")
+    (output / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    assert recipe.main([*options, "--resume"]) == 0
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 7))
+    resumed = AutoPeftModelForCausalLM.from_pretrained(output).state_dict()
+    assert whole.keys() == resumed.keys()
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+
+
+def test_an_adapter_loads_from_any_folder(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by a relative name, read from elsewhere; its base too, where that is a folder."""
+    assert recipe.main([*SMALL, "--no-compare", "--output-dir", "first"]) == 0
+    again = ["--model", "./first/base", "--output-dir", "second"]
+    assert recipe.main([*SMALL, *again]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("first", "second"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
+
+
+def test_the_model_card_says_what_was_trained(recipe: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert recipe.main([*SMALL, "--no-compare", "--output-dir", str(output)]) == 0
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert "LoRA adapters for `tiny`, trained on `python-docs`" in card.text
+    for line in ("| loss on | every token |", "| steps | 6 |", "| tokens a block | 64 |"):
+        assert line in card.text
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    (logged,) = (entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry)
+    shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert shown["perplexity"] == round(logged, 6)
+    assert "More Information Needed" not in card.text
+
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"What is {i} + 1?"},
+            {"role": "assistant", "content": f"That is {i + 1}."},
+            {"role": "user", "content": "And twice that?"},
+            {"role": "assistant", "content": f"{2 * i + 2}, of course."},
+        ]
+    }
+    for i in range(60)
+]
+
+
+def test_chats_have_loss_on_assistant_turns_only(recipe: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, CHATS)))
+    chats = recipe.load_chats(str(file), "messages")
+    tokenizer = recipe.load_model("tiny", recipe.contents(chats), 64)[1]
+    blocks = recipe.pack_chats(chats, tokenizer, 64, 1000)
+    ids = [token for row in blocks["input_ids"] for token in row]
+    labels = [label for row in blocks["labels"] for label in row]
+    assert len(ids) == len(labels)
+    assert all(label in (token, -100) for token, label in zip(ids, labels, strict=True))
+    text = tokenizer.decode([label for label in labels if label != -100])
+    said = "".join(
+        f"{message['content']}<|endoftext|>\n"
+        for chat in CHATS
+        for message in chat["messages"]
+        if message["role"] == "assistant"
+    )
+    # What is left over at the end makes no block.
+    assert text and said.startswith(text)
+    rest = tokenizer.decode([t for t, label in zip(ids, labels, strict=True) if label == -100])
+    assert "What is 3 + 1?" in rest and "of course" not in rest and "<|assistant|>" in rest
+
+
+def test_chat_training(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    options = ["--chat", "--dataset", "chats.jsonl", "--lr", "1e-2", "--output-dir", "run"]
+    assert recipe.main([*SMALL, *options]) == 0
+    before, after = numbers(r"Evaluation perplexity (\d+) -> (\d+),", capsys.readouterr().out)
+    assert after < before / 2
+    assert "| loss on | assistant turns |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(recipe: ModuleType) -> None:
+    chats = [chat["messages"] for chat in CHATS]
+    tokenizer = recipe.load_model("tiny", recipe.contents(chats), 64)[1]
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(recipe.UserError, match="changes earlier turns"):
+        recipe.pack_chats(chats, tokenizer, 64, 10)
+    tokenizer.chat_template = None
+    with pytest.raises(recipe.UserError, match="has no chat template"):
+        recipe.pack_chats(chats, tokenizer, 64, 10)
+
+
 MISTAKES = {
+    "chat without data": ("--chat", "--chat needs a --dataset of conversations"),
+    "no messages": ("--chat --dataset table.jsonl", "no column 'messages', it has body"),
+    "no conversation": (
+        "--chat --text-column body --dataset table.jsonl",
+        "conversation 1: 'body' must hold messages",
+    ),
+    "nothing to resume": ("--resume --output-dir full", "has no checkpoint"),
+    "resume what": ("--resume", "--resume needs the --output-dir"),
     "missing text": ("--dataset nowhere.txt", "nowhere.txt: no such file"),
     "missing gguf": ("--model nowhere.gguf", "nowhere.gguf: no such file"),
     "broken gguf": ("--model broken.gguf", "broken.gguf: cannot be loaded"),
