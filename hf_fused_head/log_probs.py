@@ -151,7 +151,7 @@ def operand_log_probs(
     target = target.long() if target.dtype == torch.uint8 else target
     try:
         options = LogProbOptions(
-            *(None if isinstance(temperature, Tensor) else temperature, tuple(outputs)),
+            *(None if isinstance(temperature, Tensor) else temperature, outputs),
             *(ignore_index, logit_scale, softcap),
         )
         check_arguments(pairs, target, bias, None, None, memory_budget_mib, (), group != "")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.distributed.vocab_parallel import (
+    NAMES,
     WHOLE,
     Terms,
     VocabShard,
@@ -89,10 +90,14 @@ class HeadArguments(NamedTuple):
         logits = (self.ignore_index, self.logit_scale, self.softcap, self.label_smoothing)
         options = (*logits, choice.impl, choice.product, self.budget_bytes)
         shared = None if self.class_weight is None else tuple(self.class_weight.shape)
+        labels, names = self.labels, None
+        if self.row_scale is not None:
+            labels = labels.reshape(-1) + self.row_scale.float().view(torch.int32)
+            names = (*NAMES, "`target` or `temperature`")
         shard = agree(
             self.group,
             self.weights[0].shape[0],
-            self.labels,
+            labels,
             Terms(
                 input=(tuple(self.labels.shape), sizes, self.inputs[0].dtype),
                 weight=shared,
@@ -101,6 +106,7 @@ class HeadArguments(NamedTuple):
                 wanted=terms,
             ),
             self.complete_hidden,
+            names,
         )
         vocab_size = shard.total(self.weights[0].shape[0])
         if shared not in (None, (vocab_size,)):

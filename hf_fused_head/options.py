@@ -143,6 +143,11 @@ class LogProbOptions:
         object.__setattr__(self, "temperature", plain_number(self.temperature))
         if self.temperature is not None:
             _check_positive("temperature", self.temperature, "1.0 leaves the logits as they are")
+        if isinstance(self.outputs, str):
+            raise TypeError(
+                f"`outputs` must be a tuple of names, got {self.outputs!r}: "
+                f"pass ({self.outputs!r},)"
+            )
         unknown = [name for name in self.outputs if name not in LOG_PROB_NAMES]
         if unknown or not self.outputs:
             raise ValueError(

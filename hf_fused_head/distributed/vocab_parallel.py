@@ -197,7 +197,7 @@ class Terms(NamedTuple):
     wanted: Any
 
 
-_NAMES = Terms(
+NAMES = Terms(
     "`input`",
     "`weight`",
     "presence of `linear_bias`",
@@ -261,7 +261,7 @@ def agree(
             f"none on rank {sizes.index(0)}: use fewer ranks for a vocabulary of {sum(sizes)}"
         )
     got = [*(f"{term!r} here and another" for term in terms), "another"]
-    for index, what in enumerate((*_NAMES, "`target`") if names is None else names):
+    for index, what in enumerate((*NAMES, "`target`") if names is None else names):
         column = [row[1 + index] for row in gathered]
         others = [rank for rank, code in enumerate(column) if code != column[shard.rank]]
         if others:
@@ -285,7 +285,7 @@ def report_failure(name: str, device: torch.device) -> None:
     shard = _equal_shards(name, 0)
     if shard.group is not None:
         # As much as `agree` sends: rows, codes, labels.
-        shard._gather(torch.full((len(_NAMES) + 2,), _FAILED, device=device))
+        shard._gather(torch.full((len(NAMES) + 2,), _FAILED, device=device))
 
 
 def _equal_shards(name: str, rows: int) -> VocabShard:

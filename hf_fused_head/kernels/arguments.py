@@ -33,15 +33,16 @@ class MatrixPair(NamedTuple):
 
 
 class LogitOptions(NamedTuple):
-    """What applies to every column of the logits; None where an option is not used.
+    """What makes logits of products; None where an option is not used.
 
-    logits = softcap * tanh(logit_scale * (product + bias) / softcap)
+    logits = softcap * tanh(logit_scale * (product + bias) / softcap) * row_scale
     """
 
     bias: Tensor | None  # [V]
     class_weight: Tensor | None  # [V], for the smoothing term
     logit_scale: float | None
     softcap: float | None
+    row_scale: Tensor | None  # [T] float32
 
 
 class StoredTile(NamedTuple):
@@ -86,6 +87,7 @@ def options_of(head: Head) -> tuple:
             head.class_weight,
             None if head.logit_scale == 1.0 else float(head.logit_scale),
             None if head.softcap is None else float(head.softcap),
+            head.row_scale,
         )
     )
 

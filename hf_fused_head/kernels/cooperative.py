@@ -67,9 +67,11 @@ _store_sums = _in_gluon(tile_epilogue.store_sums)
 _epilogue = _in_gluon(
     tile_epilogue.epilogue,
     logits_of=_logits_of,
-    _exponential=_in_gluon(tile_epilogue._exponential),
+    exponential=_in_gluon(tile_epilogue.exponential),
     _smooth_sum=_in_gluon(tile_epilogue._smooth_sum),
     _entropy_sum=_in_gluon(tile_epilogue._entropy_sum),
+    _next_larger=_in_gluon(tile_epilogue._next_larger),
+    _square_sum=_in_gluon(tile_epilogue._square_sum),
 )
 
 

@@ -16,7 +16,7 @@ _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 
 
 @triton.jit
-def _exponential(x, EXACT: tl.constexpr):
+def exponential(x, EXACT: tl.constexpr):
     """exp(x); if `EXACT`, to float32's digits also where `x * log2(e)` is rounded to fewer."""
     if EXACT:
         # No maximum, which would hide a NaN.
@@ -50,6 +50,22 @@ def _entropy_sum(shifted, exponents, row_max):
 
 
 @triton.jit
+def _next_larger(x):
+    """A float32 above `x` by one or two units in the last place."""
+    return x + tl.maximum(tl.abs(x) * 1.1920929e-7, 1.1754944e-38)
+
+
+@triton.jit
+def _square_sum(shifted, row_max):
+    """A tile's sum of squared exponents, counted from its own row maxima.
+
+    Counted from the anchor, 44 nats below, the squares would leave float32's range.
+    """
+    around = tl.exp2((shifted - tl.maximum(row_max, LOWEST)[:, None]) * LOG2E)
+    return tl.sum(around * around, 1)
+
+
+@triton.jit
 def store_sums(tile_sums, launch, offs_t, first_v, WIDTH):
     """Writes the row sums that `epilogue` returned of a tile of `WIDTH` columns."""
     sums = launch.sums
@@ -63,6 +79,8 @@ def store_sums(tile_sums, launch, offs_t, first_v, WIDTH):
         tl.store(sums.smooth + place, tile_sums.smooth, mask=mask_t)
     if sums.row_max is not None:
         tl.store(sums.row_max + place, tile_sums.row_max, mask=mask_t)
+    if sums.squares is not None:
+        tl.store(sums.squares + place, tile_sums.squares, mask=mask_t)
 
 
 @triton.jit
@@ -99,9 +117,12 @@ def epilogue(
     labels = (labels - launch.vocab_start).to(tl.int32)
     end_v = first_v + offs_v.shape[0]
     logits, slope = logits_of(acc, offs_v, local_vocab_size, logit_options, EXACT)
+    if logit_options.row_scale is not None:
+        row_scale = tl.load(logit_options.row_scale + offs_t, mask=mask_t, other=1.0)
+        logits *= row_scale[:, None]
     shifted = logits - anchor[:, None]
     # Placeholders for sums without memory: Triton 3.6 cannot return None inside a tuple.
-    sum_exp, entropy_sum, smooth_sum, row_max = anchor, anchor, anchor, anchor
+    sum_exp, entropy_sum, smooth_sum, row_max, squares = anchor, anchor, anchor, anchor, anchor
     if gradient.alpha is None:
         if sums.smooth is not None:
             smooth_sum = _smooth_sum(shifted, offs_v, local_vocab_size, logit_options.class_weight)
@@ -114,19 +135,25 @@ def epilogue(
                 own = mask_t & (labels >= first_v) & (labels < end_v) & (labels < local_vocab_size)
                 target = tl.sum(tl.where(at_label, shifted, 0.0), 1)
                 tl.store(sums.target + offs_t, target, mask=own)
+                # Of equal logits the first is the largest: it is raised above the label's.
+                earlier = own[:, None] & (offs_v[None, :] < labels[:, None])
+                tied = earlier & (shifted == target[:, None])
+                shifted = tl.where(tied, _next_larger(shifted), shifted)
             outside = at_label | (offs_v >= local_vocab_size)[None, :]
             shifted = tl.where(outside, float("-inf"), shifted)
-        tile = _exponential(shifted, EXACT)
+        tile = exponential(shifted, EXACT)
         if sums.sum_exp is not None:
             sum_exp = tl.sum(tile, 1)
         if sums.row_max is not None:
             row_max = tl.max(shifted, 1)
         if sums.entropy is not None:
             entropy_sum = _entropy_sum(shifted, tile, row_max)
+        if sums.squares is not None:
+            squares = _square_sum(shifted, row_max)
         if logit_options.softcap is not None:
             tile *= slope
     else:
-        exponents = _exponential(shifted, EXACT)
+        exponents = exponential(shifted, EXACT)
         alpha = tl.load(gradient.alpha + offs_t, mask=mask_t, other=0.0)
         if gradient.eta is not None:
             eta = tl.load(gradient.eta + offs_t, mask=mask_t, other=0.0)
@@ -151,7 +178,7 @@ def epilogue(
             tile *= slope
         if logit_options.logit_scale is not None:
             tile *= logit_options.logit_scale
-    return tile, RowSums(sum_exp, entropy_sum, smooth_sum, row_max, anchor)
+    return tile, RowSums(sum_exp, entropy_sum, smooth_sum, row_max, squares, anchor)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ class Head(NamedTuple):
     """What the logits are computed from, on one rank.
 
     logits = softcap * tanh(logit_scale * (hidden @ weight.T + low @ low_weight.T + bias) / softcap)
+    times `row_scale`, row by row.
     """
 
     hidden: Tensor  # [T, H], unit stride along H
@@ -23,6 +24,7 @@ class Head(NamedTuple):
     class_weight: Tensor | None  # [V], of this rank's rows
     logit_scale: float
     softcap: float | None
+    row_scale: Tensor | None = None  # [T] float32, contiguous
 
     def window(self, window: slice) -> Head:
         """The same head over some rows of the vocabulary."""
@@ -36,7 +38,9 @@ class Head(NamedTuple):
     def rows(self, rows: slice) -> Head:
         """The same head over some of the tokens."""
         return self._replace(
-            hidden=self.hidden[rows], low=None if self.low is None else self.low[rows]
+            hidden=self.hidden[rows],
+            low=None if self.low is None else self.low[rows],
+            row_scale=None if self.row_scale is None else self.row_scale[rows],
         )
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -58,11 +62,12 @@ class RowSums(NamedTuple):
     entropy: Tensor | None  # sum of exp(z - a) (z - a - row_max) over j != y; needs `row_max`
     smooth: Tensor | None  # sum of class_weight (z - a) over all j
     row_max: Tensor | None  # max of z - a over j != y
+    squares: Tensor | None  # sum of exp(2 (z - a - row_max)) over j != y; needs `row_max`
     target: Tensor | None  # [T]: z - a at y, of the same product as `row_max`
 
     def tiles(self, tiles: slice) -> RowSums:
         """The sums of some vocabulary tiles."""
-        parts = [None if t is None else t[tiles] for t in self[:4]]
+        parts = [None if t is None else t[tiles] for t in self[:-1]]
         return RowSums(*parts, target=self.target)
 
 
@@ -96,8 +101,8 @@ class RowOutputs(NamedTuple):
 
     @property
     def needs_row_max(self) -> bool:
-        """Whether the largest logit of every tile is needed: for accuracy and entropy."""
-        return self.correct is not None or self.entropy is not None
+        """Whether the largest logit of every tile is needed."""
+        return any(t is not None for t in (self.correct, self.entropy, self.log_sum_sq))
 
     def rows(self, rows: slice) -> RowOutputs:
         """The same vectors over some of the rows."""

@@ -41,7 +41,7 @@ def _overflow_tile(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """What `logits_of` returns of some rows and columns, [BLOCK, BLOCK]."""
+    """Logits of some rows and columns, [BLOCK, BLOCK], and the softcap's derivative there."""
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     acc = accumulate_product(
         acc,
@@ -67,7 +67,11 @@ def _overflow_tile(
             UPCAST,
         )
     EXACT: tl.constexpr = MatrixPair(*pair).hidden.dtype.element_ty == tl.float32
-    return logits_of(acc, offs_v, vocab_size, logit_options, EXACT)
+    logits, slope = logits_of(acc, offs_v, vocab_size, logit_options, EXACT)
+    if logit_options.row_scale is not None:
+        row_scale = tl.load(logit_options.row_scale + offs_t, mask=offs_t < num_tokens, other=1.0)
+        logits *= row_scale[:, None]
+    return logits, slope
 
 
 @triton.jit(do_not_specialize=["stored_vocab", "num_tokens", "vocab_size"])
@@ -108,6 +112,7 @@ def _overflow_kernel(
     row_max = target_logit
     sum_exp = tl.zeros((BLOCK,), dtype=tl.float32)
     entropy_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    square_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
         logits, _ = _overflow_tile(
@@ -131,6 +136,7 @@ def _overflow_kernel(
         weighted = tl.where(exponents > 0, exponents * shifted, 0.0)
         entropy_sum = rescale * (entropy_sum + sum_exp * (row_max - new_max)) + tl.sum(weighted, 1)
         sum_exp = rescale * sum_exp + tl.sum(exponents, 1)
+        square_sum = rescale * rescale * square_sum + tl.sum(exponents * exponents, 1)
         row_max = new_max
     if outputs.smooth is not None:
         exp_label = tl.exp2((target_logit - row_max) * LOG2E)
@@ -166,6 +172,7 @@ def _overflow_kernel(
         redo,
         sum_exp,
         entropy_sum,
+        square_sum,
         row_max,
         target_logit,
         target_slope_ptr,

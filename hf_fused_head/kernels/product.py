@@ -91,7 +91,7 @@ def tanh_and_slope(x, EXACT: tl.constexpr):
 def logits_of(acc, offs_v, local_vocab_size, logit_options, EXACT: tl.constexpr):
     """Logits of a tile of accumulated products, and the derivative of the softcap there.
 
-    `EXACT` is for float32 operands.
+    The factor of a row is not applied. `EXACT` is for float32 operands.
     Without a softcap the second value is a placeholder that must not be used.
     """
     logits = acc

@@ -116,6 +116,8 @@ def _anchor_kernel(
         logit = logit_options.softcap * tangent
         if slope_ptr is not None:
             tl.store(slope_ptr + row, slope)
+    if logit_options.row_scale is not None:
+        logit *= tl.load(logit_options.row_scale + row)
     tl.store(anchor_ptr + row, logit)
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fused_head.kernels.arguments import StoredTile, stored_tile
-from hf_fused_head.kernels.epilogue import LOWEST
+from hf_fused_head.kernels.epilogue import LOWEST, exponential
 from hf_fused_head.kernels.operands import Head, RowOutputs, RowSums
 from hf_fused_head.kernels.product import LOG2E
 from hf_fused_head.kernels.tuning import cdiv
@@ -17,6 +17,10 @@ from hf_fused_head.objective import RowWeights
 # that exponents and their products with weights stay far inside the range of bfloat16 and float32.
 OVERFLOW = 2.0**64
 _OVERFLOW = tl.constexpr(OVERFLOW)
+# Squares are added in units of exp of twice this: those of a row's largest terms, up to 44 nats
+# above the anchor, stay in float32's range; what leaves it below is nothing beside the label's.
+_SQUARES_LEVEL = tl.constexpr(22.0)
+_SQUARES_SCALE = tl.constexpr(1.2851600114359308e19)
 NO_WEIGHTS = RowWeights(None, None, None)
 
 
@@ -34,6 +38,7 @@ def finish_rows(
     mask_t,
     sum_exp,
     entropy_sum,
+    square_sum,
     anchor,
     target_logit,
     target_slope_ptr,
@@ -72,6 +77,10 @@ def finish_rows(
         mean = (entropy_sum + exp_label * offset) / wide
         entropy = tl.where(counts, tl.maximum(wide_nll + offset - mean, 0.0), 0.0)
         tl.store(outputs.entropy + offs_t, entropy.to(tl.float32), mask=mask_t)
+    if outputs.log_sum_sq is not None:
+        squares = square_sum.to(tl.float64) + exp_label.to(tl.float64) * exp_label
+        log_sum_sq = tl.where(counts, tl.log(squares) - 2.0 * tl.log(wide), 0.0)
+        tl.store(outputs.log_sum_sq + offs_t, log_sum_sq.to(tl.float32), mask=mask_t)
     if outputs.factor is not None:
         beta = tl.load(weights.nll + offs_t, mask=mask_t, other=0.0)
         alpha = beta
@@ -97,7 +106,9 @@ def finish_rows(
         tl.store(place, entry, mask=mask_t & counts & (label < stored_vocab))
 
 
-@triton.jit(do_not_specialize=["stored_vocab", "num_tokens", "vocab_size", "num_tiles_v"])
+@triton.jit(
+    do_not_specialize=["stored_vocab", "num_tokens", "vocab_size", "num_tiles_v", "tile_columns"]
+)
 def _finish_kernel(
     sums,
     anchor_ptr,
@@ -113,6 +124,7 @@ def _finish_kernel(
     num_tokens,
     vocab_size,
     num_tiles_v,
+    tile_columns,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -129,7 +141,12 @@ def _finish_kernel(
     sum_exp = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float64)
     entropy_sum = sum_exp
     smooth_sum = sum_exp
-    row_max = tl.full((BLOCK_N, BLOCK_T), float("-inf"), dtype=tl.float32)
+    square_sum = tl.zeros((BLOCK_T,), dtype=tl.float64)
+    larger = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
+    counts = labels >= 0
+    if outputs.correct is not None:
+        target = tl.load(sums.target + offs_t, mask=mask_t & counts, other=float("inf"))
     for start in range(0, num_tiles_v, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         place = offs_n.to(tl.int64)[:, None] * num_tokens + offs_t[None, :]
@@ -140,20 +157,28 @@ def _finish_kernel(
             smooth_sum += tl.load(sums.smooth + place, mask=mask, other=0.0)
         if sums.row_max is not None:
             tile_max = tl.load(sums.row_max + place, mask=mask, other=float("-inf"))
-            row_max = tl.maximum(row_max, tile_max)
+            if outputs.correct is not None:
+                # Of equal logits the first is the largest, so earlier tiles win a tie.
+                earlier = ((offs_n + 1) * tile_columns)[:, None] <= labels[None, :]
+                tied = earlier & (tile_max == target[None, :])
+                larger |= tl.max((tied | (tile_max > target[None, :])).to(tl.int32), 0)
             if sums.entropy is not None:
                 level = tl.maximum(tile_max, LOWEST).to(tl.float64)
                 tile_entropy = tl.load(sums.entropy + place, mask=mask, other=0.0)
                 entropy_sum += level * tile_sum_exp + tile_entropy
+            if sums.squares is not None:
+                tile_squares = tl.load(sums.squares + place, mask=mask, other=0.0)
+                level = exponential(2.0 * (tile_max - _SQUARES_LEVEL), True)
+                square_sum += tl.sum((level * tile_squares).to(tl.float64), 0)
     anchor = tl.load(anchor_ptr + offs_t, mask=mask_t, other=0.0)
     target_logit = tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0)
-    counts = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) >= 0
     row_sum_exp = tl.sum(sum_exp, 0)
     finish_rows(
         offs_t,
         mask_t,
         row_sum_exp,
         tl.sum(entropy_sum, 0),
+        square_sum * _SQUARES_SCALE,
         anchor,
         target_logit,
         target_slope_ptr,
@@ -176,8 +201,7 @@ def _finish_kernel(
         smooth = tl.where(counts, smooth, 0.0).to(tl.float32)
         tl.store(outputs.smooth + offs_t, smooth, mask=mask_t)
     if outputs.correct is not None:
-        target = tl.load(sums.target + offs_t, mask=mask_t & counts, other=float("-inf"))
-        correct = counts & (tl.max(row_max, 0) <= target)
+        correct = counts & (larger == 0)
         tl.store(outputs.correct + offs_t, correct, mask=mask_t)
 
 
@@ -193,6 +217,7 @@ def launch_finish(
     weights: RowWeights | None,
     outputs: RowOutputs,
     store: Tensor | None,
+    tile_columns: int,
 ) -> None:
     """Completes rows from the sums of their tiles; marks those that it cannot as overflowed.
 
@@ -211,6 +236,7 @@ def launch_finish(
         outputs: Contiguous, written; nothing in it has to be zeroed.
         store: [T, kept columns], unit stride along V: the exponents of `launch_exponents`, whose
             label entries are written here; None when no gradient is made.
+        tile_columns: Columns of a tile of `sums`.
     """
     num_tokens = labels.shape[0]
     _finish_kernel[(cdiv(num_tokens, 32),)](
@@ -228,8 +254,10 @@ def launch_finish(
         num_tokens=num_tokens,
         vocab_size=vocab_size,
         num_tiles_v=sums.sum_exp.shape[0],
+        tile_columns=tile_columns,
         BLOCK_T=32,
         # Loads in flight hide their latency: 32 tiles and four warps took twice as long (one H200).
-        BLOCK_N=128,
+        # With squares, half as many: no register is spilled on any card.
+        BLOCK_N=128 if sums.squares is None else 64,
         num_warps=8,
     )

@@ -57,7 +57,8 @@ class Schedule:
             the tile is gone, where that was; otherwise by the last chunk's product.
         product_bytes: Memory for the products of hidden states and head that the vendor's library
             makes ("triton"); 0 where kernels make them.
-        batch_invariant: Whether a tile that is not full is padded to the shape of the others.
+        tile_tokens: Rows of every product of statistics, the last one padded, where a row's bits
+            must not depend on the batch; 0 where they may.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Schedule:
     reason: str
     late_rounding: bool = False
     product_bytes: int = 0
-    batch_invariant: bool = False
+    tile_tokens: int = 0
 
     def __str__(self) -> str:
         return (
@@ -301,7 +302,7 @@ class _Planner:
             reason=f"{_REASONS[name]}; {verdict}",
             late_rounding=self.is_late(name, tile),
             product_bytes=problem.product_bytes,
-            batch_invariant=problem.batch_invariant,
+            tile_tokens=tile.chunk_tokens if problem.batch_invariant else 0,
         )
 
 

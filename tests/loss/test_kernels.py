@@ -153,7 +153,7 @@ def test_descriptor_kernel_equals_pointer_kernel(dtype, halves):
     results = []
     for programs in (0, 3):
         config = TileConfig(16, 32, 16, 2, 4, 1, programs, halves, False)
-        sums = RowSums(*(torch.full((3, num_tokens), torch.nan) for _ in range(4)), anchor.clone())
+        sums = RowSums(*(torch.full((3, num_tokens), torch.nan) for _ in range(5)), anchor.clone())
         store = torch.full((num_tokens, vocab_size), torch.nan, dtype=dtype)
         launch_exponents(head, labels, 0, anchor, sums, store, config)
         results.append([*sums, store])

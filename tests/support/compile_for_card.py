@@ -85,15 +85,16 @@ EVERYTHING = Head(
     torch.empty(VOCAB),
     2.0,
     30.0,
+    ROW,
 )
-ALL_SUMS = RowSums(SUMS, SUMS, SUMS, SUMS, ROW)
+ALL_SUMS = RowSums(SUMS, SUMS, SUMS, SUMS, SUMS, ROW)
 ALL_FACTORS = RowFactors(ROW, ROW, ROW, ROW, ROW, ROW)
 
 
 def head_kernels(kernel: Compiling, config: TileConfig) -> Iterator[tuple[str, Any]]:
     """The variants of a kernel around the head's product; other sizes must not add one."""
-    kinds = (("stored", PLAIN, RowSums(SUMS, None, None, None, None)),)
-    kinds += (("statistics", PLAIN, RowSums(SUMS, SUMS, None, SUMS, ROW)),)
+    kinds = (("stored", PLAIN, RowSums(SUMS, None, None, None, None, None)),)
+    kinds += (("statistics", PLAIN, RowSums(SUMS, SUMS, None, SUMS, None, ROW)),)
     kinds += (("everything", EVERYTHING, ALL_SUMS),)
     for name, of, sums in kinds:
         head.launch_exponents(of, LABELS, 0, ROW, sums, STORE, config, SKIP)
@@ -114,18 +115,18 @@ def row_kernels() -> Iterator[tuple[str, Any]]:
     again = Compiling(overflow, "_overflow_kernel")
     marks = torch.empty(TOKENS, dtype=torch.int32)
     correct = torch.empty(TOKENS, dtype=torch.bool)
-    few = RowOutputs(ROW, ROW, None, None, None, None, None, marks)
-    every = RowOutputs(ROW, ROW, ROW, ROW, correct, ROW, ROW, marks)
+    few = RowOutputs(ROW, ROW, None, None, None, None, None, None, marks)
+    every = RowOutputs(ROW, ROW, ROW, ROW, correct, ROW, ROW, ROW, marks)
     weights = RowWeights(ROW, ROW, ROW)
     for name, of, outputs, rest in (
         ("loss", PLAIN, few, (None, None, few, None)),
         ("everything", EVERYTHING, every, (ROW, weights, every, STORE)),
     ):
         slope = None if of.softcap is None else ROW
-        sums = ALL_SUMS if outputs is every else RowSums(SUMS, None, None, None, None)
+        sums = ALL_SUMS if outputs is every else RowSums(SUMS, None, None, None, None, None)
         rows.launch_anchor(of, LABELS, ROW, slope, SKIP)
         yield f"anchor_{name}", anchor.compiled
-        statistics.launch_finish(of, LABELS, ROW, ROW, slope, sums, VOCAB, *rest)
+        statistics.launch_finish(of, LABELS, ROW, ROW, slope, sums, VOCAB, *rest, 128)
         yield f"finish_{name}", finish.compiled
         overflow.launch_overflow(of, LABELS, ROW, slope, *rest)
         yield f"overflow_{name}", again.compiled
@@ -157,7 +158,7 @@ def any_kernels() -> Iterator[tuple[str, Any]]:
     """What runs on a card without kernels of its own."""
     tile, config = Compiling(logits_tile, "_logits_tile_kernel"), tuning.LIBRARY
     product = torch.empty(TOKENS, VOCAB)
-    few = RowSums(SUMS, None, None, None, None)
+    few = RowSums(SUMS, None, None, None, None, None)
     nothing = head.NO_GRADIENT
     exact = PLAIN._replace(hidden=HIDDEN_STATES.float(), weight=WEIGHT.float())
     for name, of, sums, factors, store in (

@@ -44,7 +44,7 @@ def row_stats(
 ) -> RowStats:
     """See `Engine.row_stats`: one pass over the whole head that keeps only row statistics."""
     chunk, num_tokens = schedule.chunk_tokens, labels.shape[0]
-    whole = num_tokens // chunk * chunk if schedule.batch_invariant else num_tokens
+    whole = num_tokens // chunk * chunk if schedule.tile_tokens else num_tokens
     parts = _row_stats(operands.rows(slice(0, whole)), labels[:whole], wanted, schedule)
     if whole < num_tokens:
         rest = _padded(operands.rows(slice(whole, num_tokens)), labels[whole:], chunk)

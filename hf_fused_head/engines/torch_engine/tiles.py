@@ -132,7 +132,8 @@ class RowStatistics:
         dtype = self.sums.row_max.dtype
         parts = [statistic.part(merged).to(dtype) for statistic in self.others]
         totals = self.operands.shard.sum(torch.stack(parts))
-        pairs = zip(self.others, totals, strict=True)
+        # An operator's results may not share their memory.
+        pairs = zip(self.others, map(torch.clone, totals), strict=True)
         return {statistic.field: statistic.value(total) for statistic, total in pairs}
 
 

@@ -21,6 +21,7 @@ class HeadCall(NamedTuple):
     labels: Tensor  # [T] int64; negative where none counts
     config: TileConfig
     product_bytes: int  # memory for products that the library makes
+    product_rows: int  # rows of such a product, if they are the same for every batch; else 0
     sums_bytes: int  # the most memory that the row sums of a pass may take
     speculation: Speculation | None = None  # until the host knows which labels count
     shard: VocabShard = WHOLE

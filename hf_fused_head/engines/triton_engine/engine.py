@@ -86,10 +86,6 @@ def row_stats(
     speculation: Speculation | None = None,
 ) -> RowStats:
     """See `Engine.row_stats`: one pass that stores no tile."""
-    if wanted.log_sum_sq:
-        raise NotImplementedError(
-            "`outputs` must leave out 'log_sum_sq_probs' for impl='triton': use impl='torch'"
-        )
     call = _call(operands, labels, schedule, speculation)
     outputs = call.outputs(wanted, factor=False, correction=True)
     with _on_device(labels.device):
@@ -193,11 +189,6 @@ def _call(
             f"`operands` must hold at most two pairs for impl='triton', got "
             f"{len(operands.inputs)}: use impl='torch'"
         )
-    if operands.row_scale is not None:
-        raise NotImplementedError(
-            "`temperature` must be a number for impl='triton', got one for each token: use "
-            "impl='torch'"
-        )
     hidden, *low = [_unit_stride(matrix) for matrix in operands.inputs]
     weight, *low_weight = [_unit_stride(matrix) for matrix in operands.weights]
     head = Head(
@@ -209,6 +200,7 @@ def _call(
         _contiguous(operands.local_class_weight),
         operands.logit_scale,
         operands.softcap,
+        _contiguous(operands.row_scale),
     )
     config = tile_config(labels.device, hidden.dtype, by_library=schedule.product_bytes > 0)
     return HeadCall(
@@ -216,6 +208,7 @@ def _call(
         labels.contiguous(),
         config,
         schedule.product_bytes,
+        schedule.tile_tokens,
         TRITON_SUMS_BYTES,
         speculation,
         operands.shard,

@@ -72,17 +72,18 @@ def logits_gradient(call: HeadCall, window: slice, gradient: RowFactors, store: 
 def _products(head: Head, call: HeadCall) -> Iterator[tuple[int, int, Tensor]]:
     """Tiles of the product, float32, one after another in the same memory: (row, column, tile)."""
     num_tokens, vocab_size = head.hidden.shape[0], head.weight.shape[0]
-    block_t, block_v = call.config.block_t, call.config.block_v
-    # Even parts rather than a short last one, and as wide as the memory allows.
-    most = min(call.config.product_rows, call.product_bytes // (4 * block_v))
-    parts = max(cdiv(num_tokens, max(most // block_t * block_t, block_t)), 1)
-    rows = cdiv(num_tokens, parts * block_t) * block_t
+    block_v = call.config.block_v
+    rows = call.product_rows or _even_rows(num_tokens, call)
     columns = max(call.product_bytes // (4 * rows * block_v), 1) * block_v
     columns = min(columns, cdiv(vocab_size, block_v) * block_v)
     memory = torch.empty((rows, columns), dtype=torch.float32, device=head.hidden.device)
     pairs = head.pairs()
     starts = range(0, num_tokens, rows)
     hidden_parts = [[hidden[start : start + rows] for hidden, _ in pairs] for start in starts]
+    if call.product_rows:
+        # The library's order of summation depends on the shape: one for all gives a row the same
+        # bits in every batch.
+        hidden_parts[-1] = [_padded(hidden, rows) for hidden in hidden_parts[-1]]
     for first_v in range(0, vocab_size, columns):
         weights = [weight[first_v : first_v + columns].t() for _, weight in pairs]
         for first_t, hiddens in zip(starts, hidden_parts, strict=True):
@@ -90,4 +91,17 @@ def _products(head: Head, call: HeadCall) -> Iterator[tuple[int, int, Tensor]]:
             tile = memory[: hiddens[0].shape[0], : weights[0].shape[1]]
             for index, (hidden, weight) in enumerate(zip(hiddens, weights, strict=True)):
                 product(hidden, weight, tile, accumulate=index > 0)
-            yield first_t, first_v, tile
+            yield first_t, first_v, tile[: num_tokens - first_t]
+
+
+def _even_rows(num_tokens: int, call: HeadCall) -> int:
+    """Rows of a tile: even parts rather than a short last one, and as wide as memory allows."""
+    block_t = call.config.block_t
+    most = min(call.config.product_rows, call.product_bytes // (4 * call.config.block_v))
+    parts = max(cdiv(num_tokens, max(most // block_t * block_t, block_t)), 1)
+    return cdiv(num_tokens, parts * block_t) * block_t
+
+
+def _padded(hidden: Tensor, rows: int) -> Tensor:
+    missing = rows - hidden.shape[0]
+    return torch.cat((hidden, hidden.new_zeros(missing, hidden.shape[1]))) if missing else hidden

@@ -34,6 +34,8 @@ from hf_fused_head.planning.schedule import Schedule
 
 # Chunks and windows are whole multiples of this: row tiles stay whole, row strides aligned.
 MULTIPLE = 256
+# Columns of a tile that has the sums of all ranks: beyond any label.
+_ONE_TILE = 2**30
 # Rows whose statistics are made at once, at most: enough to fill any card.
 _STATISTICS_ROWS = 8192
 
@@ -52,8 +54,8 @@ def statistics(
     Raises:
         Rejected: If the speculation was rejected; nothing of the result is valid then.
     """
-    optional = (outputs.smooth is not None, outputs.entropy is not None, outputs.needs_row_max)
-    kinds = 1 + sum(optional)
+    asked = (outputs.smooth, outputs.entropy, outputs.log_sum_sq)
+    kinds = 1 + sum(t is not None for t in asked) + outputs.needs_row_max
     most = min(call.sums_bytes // (kinds * call.row_sum_bytes), _STATISTICS_ROWS)
     most = max(most // MULTIPLE, 1) * MULTIPLE
     for rows in _slices(call.num_tokens, most):
@@ -84,6 +86,7 @@ def _row_statistics(
         None if outputs.entropy is None else next(tiles),
         None if outputs.smooth is None else next(tiles),
         next(tiles) if outputs.needs_row_max else None,
+        None if outputs.log_sum_sq is None else next(tiles),
         torch.zeros_like(target_logit) if outputs.correct is not None else None,
     )
     skip = None if call.speculation is None else call.speculation.rejected
@@ -97,8 +100,12 @@ def _row_statistics(
     anchor, sums = _of_all_ranks(call, target_logit, sums, store)
     class_total = None if outputs.smooth is None else call.class_total()
     rest = (class_total, weights, outputs, store)
-    launch_finish(head, labels, anchor, target_logit, slope, sums, call.vocab_size, *rest)
+    columns = call.config.block_v if call.shard.group is None else _ONE_TILE
+    sizes = (sums, call.vocab_size, *rest, columns)
+    launch_finish(head, labels, anchor, target_logit, slope, *sizes)
     launch_overflow(head, labels, target_logit, slope, *rest)
+    if head.row_scale is not None and outputs.factor is not None:
+        outputs.factor.mul_(head.row_scale)
 
 
 def _exponents(call: HeadCall, anchor: Tensor, sums: RowSums, store: Tensor | None) -> None:
@@ -122,7 +129,7 @@ def _of_all_ranks(
     """
     if call.shard.group is None:
         return target_logit, sums
-    merged = merged_sums(call.shard, sums)
+    merged = merged_sums(call, sums)
     far = merged.sum_exp[0] > OVERFLOW
     if not bool(far.any()):
         return target_logit, merged
@@ -133,7 +140,7 @@ def _of_all_ranks(
     largest = target_logit + call.shard.max(row_max.amax(dim=0)).clamp_min(0.0)
     anchor = torch.where(far, largest, target_logit)
     _exponents(call, anchor, sums, store)
-    return anchor, merged_sums(call.shard, sums)
+    return anchor, merged_sums(call, sums)
 
 
 def chunk_gradients(

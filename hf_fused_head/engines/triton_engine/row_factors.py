@@ -23,6 +23,8 @@ def row_gradient(call: HeadCall, stats: RowStats, upstream: Upstream) -> RowFact
         upstream: The gradient with respect to each.
     """
     factors = objective.row_gradient(stats, upstream, call.vocab_size, call.class_weight)
+    if call.head.row_scale is not None:
+        factors = factors.scaled(call.head.row_scale)
     entropy = None if factors.eta is None else stats.entropy
     return RowFactors(stats.lse, *factors, entropy)
 
@@ -51,4 +53,6 @@ def smoothing_factor(call: HeadCall, smooth_weight: Tensor | None) -> Tensor | N
     if smooth_weight is None:
         return None
     gamma = smooth_weight * (call.head.logit_scale / call.vocab_size)
+    if call.head.row_scale is not None:
+        gamma = gamma * call.head.row_scale
     return gamma.masked_fill_(call.labels < 0, 0.0)
