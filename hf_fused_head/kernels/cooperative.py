@@ -70,7 +70,6 @@ _epilogue = _in_gluon(
     exponential=_in_gluon(tile_epilogue.exponential),
     _smooth_sum=_in_gluon(tile_epilogue._smooth_sum),
     _entropy_sum=_in_gluon(tile_epilogue._entropy_sum),
-    _next_larger=_in_gluon(tile_epilogue._next_larger),
     _square_sum=_in_gluon(tile_epilogue._square_sum),
 )
 

@@ -50,9 +50,9 @@ def _entropy_sum(shifted, exponents, row_max):
 
 
 @triton.jit
-def _next_larger(x):
-    """A float32 above `x` by one or two units in the last place."""
-    return x + tl.maximum(tl.abs(x) * 1.1920929e-7, 1.1754944e-38)
+def _next_smaller(x):
+    """A float32 below `x` by one or two units in the last place."""
+    return x - tl.maximum(tl.abs(x) * 1.1920929e-7, 1.1754944e-38)
 
 
 @triton.jit
@@ -100,7 +100,16 @@ def labels_among(labels, first_v, end_v, vocab_start):
 
 @triton.jit
 def epilogue(
-    acc, launch, offs_t, offs_v, first_v, labels, anchor, holds_label, EXACT: tl.constexpr = False
+    acc,
+    launch,
+    offs_t,
+    offs_v,
+    first_v,
+    labels,
+    anchor,
+    holds_label,
+    EXACT: tl.constexpr = False,
+    TIES: tl.constexpr = False,
 ):
     """Turns a tile of accumulated products into exponents, or into the gradient of the products.
 
@@ -109,7 +118,8 @@ def epilogue(
 
     `labels` and `anchor` come from `load_rows`, `holds_label` from `labels_among`; `first_v` is the
     first of `offs_v`. `EXACT` is for float32 operands, whose results show how exponents were
-    rounded. Returns the tile, float32, and its row sums for `store_sums`.
+    rounded; `TIES` tells equal logits of a tile apart, where registers are not short.
+    Returns the tile, float32, and its row sums for `store_sums`.
     """
     num_tokens, local_vocab_size = launch.num_tokens, launch.local_vocab_size
     logit_options, sums, gradient = launch.logit_options, launch.sums, launch.gradient
@@ -134,11 +144,12 @@ def epilogue(
                 # A label beyond V is another rank's.
                 own = mask_t & (labels >= first_v) & (labels < end_v) & (labels < local_vocab_size)
                 target = tl.sum(tl.where(at_label, shifted, 0.0), 1)
+                if TIES:
+                    # Of equal logits the first is the largest: the label's counts as less.
+                    earlier = (offs_v[None, :] < labels[:, None]) & (shifted == target[:, None])
+                    tied = tl.max(earlier.to(tl.int32), 1) > 0
+                    target = tl.where(tied, _next_smaller(target), target)
                 tl.store(sums.target + offs_t, target, mask=own)
-                # Of equal logits the first is the largest: it is raised above the label's.
-                earlier = own[:, None] & (offs_v[None, :] < labels[:, None])
-                tied = earlier & (shifted == target[:, None])
-                shifted = tl.where(tied, _next_larger(shifted), shifted)
             outside = at_label | (offs_v >= local_vocab_size)[None, :]
             shifted = tl.where(outside, float("-inf"), shifted)
         tile = exponential(shifted, EXACT)
@@ -188,6 +199,6 @@ def finish_tile(acc, launch, offs_t, offs_v, first_v, EXACT: tl.constexpr):
     width = offs_v.shape[0]
     holds_label = labels_among(labels, first_v, first_v + width, launch.vocab_start)
     rows = (labels, anchor, holds_label)
-    tile, tile_sums = epilogue(acc, launch, offs_t, offs_v, first_v, *rows, EXACT)
+    tile, tile_sums = epilogue(acc, launch, offs_t, offs_v, first_v, *rows, EXACT, True)
     store_sums(tile_sums, launch, offs_t, first_v, width)
     return tile

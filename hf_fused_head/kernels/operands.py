@@ -63,7 +63,7 @@ class RowSums(NamedTuple):
     smooth: Tensor | None  # sum of class_weight (z - a) over all j
     row_max: Tensor | None  # max of z - a over j != y
     squares: Tensor | None  # sum of exp(2 (z - a - row_max)) over j != y; needs `row_max`
-    target: Tensor | None  # [T]: z - a at y, of the same product as `row_max`
+    target: Tensor | None  # [T]: z - a at y, of the product of `row_max`; less behind its equal
 
     def tiles(self, tiles: slice) -> RowSums:
         """The sums of some vocabulary tiles."""

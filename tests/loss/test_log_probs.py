@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_close_as_torch
+from places import generator
 from plain_head import Problem, exact, widened
 from plain_token_log_probs import FIELDS, check, ours, plain, upstreams, with_gradients
 from torch import Tensor
@@ -23,7 +24,7 @@ SMALLEST_MIB = 0.001
 
 def per_token(problem: Problem, **options: Any) -> Problem:
     """The problem with a temperature for each token."""
-    source = torch.Generator().manual_seed(3)
+    source = generator(3)
     return problem.with_options(temperature=torch.rand(problem.shape, generator=source) + 0.5)
 
 
@@ -89,10 +90,27 @@ def test_defaults() -> None:
 def test_a_row_has_the_same_bits_in_every_batch(
     impl: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    """With and without gradients, alone, in parts, and among tokens that do not count."""
     # More than one tile for plain torch; the interpreter takes its time.
     length, vocab_size = (531, 307) if impl == "torch" else (45, 70)
-    problem = Problem((length,), 40, vocab_size, ignored=0, options={"softcap": softcap})
+    options = {"softcap": softcap}
+    check_bits(impl, dtype, Problem((length,), 40, vocab_size, ignored=0, options=options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", BIT_EQUAL)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_on_a_gpu(impl: str, dtype: torch.dtype) -> None:
+    """In more than one tile of the library, with rows that are padded to one."""
+    with torch.device("cuda"):
+        problem = Problem((1300,), 64, 5003, ignored=9, options={"temperature": 0.8})
+        check(problem, impl, dtype)
+        check(per_token(problem), impl, dtype)
+        check_bits(impl, dtype, Problem((1300,), 64, 5003, ignored=0))
+        check_bits(impl, dtype, Problem((1300,), 1024, 5003, ignored=0))
+
+
+def check_bits(impl: str, dtype: torch.dtype, problem: Problem) -> None:
+    """With and without gradients, alone, in parts, and among tokens that do not count."""
     tensors = problem.tensors(dtype)
     whole = ours(tensors, problem.options, impl)
     leaf = {**tensors, "hidden": tensors["hidden"].clone().requires_grad_()}

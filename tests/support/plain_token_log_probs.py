@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from oracle import assert_close_as_torch, farthest
+from places import generator
 from plain_head import NAMES, Problem, exact, plain_logits, widened
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def ours(
 
 def upstreams(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Upstream gradients of the fields that have one; multiples of 1/16."""
-    source = torch.Generator().manual_seed(5)
+    source = generator(5)
     shapes = {"log_probs": tensors["target"].shape, "entropy": tensors["hidden"].shape[:-1]}
 
     def drawn(shape: torch.Size) -> Tensor:
