@@ -43,6 +43,16 @@ def test_the_loss_example_runs() -> None:
     subprocess.run([sys.executable, "-c", before + program + after], check=True)
 
 
+def test_the_log_probability_example_runs() -> None:
+    program = next(block for block in code_blocks("python") if "token_log_probs(" in block)
+    before = (
+        "import torch\nhead, advantages = torch.nn.Linear(8, 50), torch.randn(2, 5)\n"
+        "hidden, labels = torch.randn(2, 5, 8), torch.randint(0, 50, (2, 5))\n"
+    )
+    after = "assert torch.isfinite(loss)\n"
+    subprocess.run([sys.executable, "-c", before + program + after], check=True)
+
+
 def test_the_distillation_example_runs() -> None:
     program = next(block for block in code_blocks("python") if "linear_kl_div(" in block)
     before = (
