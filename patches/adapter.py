@@ -51,7 +51,9 @@ def apply_patch(
     stats: Sequence[str] = (),
     strict: bool = True,
 ) -> Model:
-    """Makes a causal language model compute its loss inside its head, without logits.
+    """Makes a language model compute its loss inside its head, without logits.
+
+    The model is causal, masked or sequence-to-sequence: labels are shifted as the stock one does.
 
     `model(..., labels=labels)` then returns the stock loss and the stock gradients. Without labels
     the forward is the stock one. Called again, it takes the new options.
@@ -71,7 +73,9 @@ def apply_patch(
             quantised, a module of your own) runs its own forward, on chunks of tokens for "auto"
             and "torch", on all tokens at once for "reference"; "triton" is refused.
         memory_budget_mib: Largest workspace of the loss; default 1024.
-        label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1.
+        label_smoothing: Share of the target that is spread over the vocabulary, 0 to 1. As the
+            smoothing of the Trainer it obeys `num_items_in_batch`, also where the model's own loss
+            does not.
         z_loss: Factor on the squared log-sum-exp of each token that counts.
         stats: Which of "accuracy" and "entropy" `last_stats` shall tell of every forward.
         strict: Raise if the model cannot be fused, now or in a later pass; False warns once and

@@ -40,6 +40,9 @@ def static_obstacle(target: Any) -> str | None:
         return f"{name} has no output embeddings: load it with its language modelling head"
     if isinstance(head, nn.Embedding):
         return f"the output embeddings of {name} are an embedding of tokens, which makes no logits"
+    rows, classes = _rows_of(head), getattr(target.config.get_text_config(), "vocab_size", None)
+    if rows is not None and isinstance(classes, int) and rows < classes:
+        return f"the output embeddings of {name} make {rows} logits for {classes} classes"
     forwards = (c.__dict__["forward"] for c in type(target).__mro__ if "forward" in c.__dict__)
     if not any("labels" in inspect.signature(forward).parameters for forward in forwards):
         return f"the forward of {name} takes no labels"
@@ -147,6 +150,16 @@ def refuse_mildly(target: nn.Module, error: UnsupportedModelError, options: Patc
     if isinstance(target, nn.Module):
         remember_refusal(target, error, options)
     warnings.warn(f"{type(target).__name__} stays stock: {error}", UserWarning, stacklevel=3)
+
+
+def _rows_of(head: nn.Module) -> int | None:
+    """How many classes a linear layer has, where its weight is there to be read."""
+    inner = innermost_head(head)
+    # Not `inner.weight`: a parametrised one would be computed.
+    weight = inner._parameters.get("weight") if isinstance(inner, nn.Linear) else None
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.shape[0]
 
 
 def _is_known_loss(loss_function: Any) -> bool:

@@ -20,6 +20,7 @@ from .errors import LogitsUnavailableError, RowCountError, UnsupportedModelError
 from .heads import HeadResult, run_head
 from .lazy_logits import ReplicaLogits, UnavailableLogits, lazy_logits
 from .logits_proxy import LogitsProxy, observed_facts, same_facts
+from .loss_checks import WithValue, is_copy, same_values
 from .origin import is_masked_loss
 from .recompute_logits import RecomputedLogits
 from .registry import Facts
@@ -269,7 +270,7 @@ class FusedForward(LossForward):
                 "the model's forward must call `cross_entropy` with logits and labels alone, got "
                 "other options: leave this model stock (remove_patch)"
             )
-        if not _same_values("`labels`", self.arguments.labels, target):
+        if not same_values("`labels`", self.arguments.labels, target):
             raise UnsupportedModelError(
                 "the loss must get the `labels` that the forward was called with, got other ones: "
                 "this model changes them on the way, leave it stock (remove_patch)"
@@ -306,7 +307,7 @@ class FusedForward(LossForward):
         expected = self.facts.logit_bias
         if bias is None or expected is None:
             return bias is expected
-        return _same_values("bias", expected, bias)
+        return same_values("bias", expected, bias)
 
     def _from_head(self, logits: LogitsProxy) -> Tensor:
         """What the head computed, as its own output has brought it here."""
@@ -314,7 +315,7 @@ class FusedForward(LossForward):
         self._check_graph(loss, made)
         if loss.dtype != made.dtype:
             # FSDP casts a module's outputs: the value is known exactly, the path must stay.
-            loss = cast(Tensor, _WithValue.apply(loss, made.detach()))
+            loss = cast(Tensor, WithValue.apply(loss, made.detach()))
         return loss
 
     def _finished(self, logits: LogitsProxy) -> Tensor:
@@ -329,7 +330,7 @@ class FusedForward(LossForward):
         if torch.compiler.is_compiling():
             changed = loss is not made and (loss.dtype, loss.device) == (made.dtype, made.device)
         else:
-            changed = loss is not made and not _is_copy(loss, made)
+            changed = loss is not made and not is_copy(loss, made)
         if changed:
             raise UnsupportedModelError(
                 "the head's output must reach the loss as the head made it, got another one from a "
@@ -371,58 +372,6 @@ class FusedForward(LossForward):
         if self.source is not None:
             return self.logits(value)
         return ReplicaLogits() if self.replica else UnavailableLogits()
-
-
-# What FSDP's casts, moves to another device and copies leave in the graph.
-_COPIES = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
-
-
-def _is_copy(loss: Tensor, made: Tensor) -> bool:
-    """Whether a tensor is another one, cast, moved or copied."""
-    if not made.requires_grad or not loss.requires_grad:
-        return not made.requires_grad and torch.equal(loss, made.to(loss))
-    node: Any = loss.grad_fn
-    while node is not None and node is not made.grad_fn:
-        node = node.next_functions[0][0] if node.name() in _COPIES else None
-    return node is not None
-
-
-class _WithValue(torch.autograd.Function):
-    """The value of the second argument on the path of the first."""
-
-    @staticmethod
-    def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:
-        ctx.dtype = path.dtype
-        # Not `clone`, for the reason given in `FinishedLoss`.
-        return value[None].sum(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
-
-
-def _same_values(name: str, expected: Tensor, got: Any) -> bool:
-    """Whether `got` is the expected tensor, flattened or moved to another device.
-
-    Args:
-        name: What they are, for people: a compiled forward says itself where they differ.
-        expected: As the forward was given it.
-        got: As the loss gets it.
-    """
-    if not isinstance(got, Tensor) or got.numel() != expected.numel():
-        return False
-    if torch.compiler.is_compiling():
-        # Neither addresses nor values are known yet: the compiled code compares them.
-        same = (got.reshape(-1).to(expected.device) == expected.reshape(-1)).all()
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            same,
-            f"the loss must get the {name} that the forward starts with, got another one: this "
-            "model changes it on the way, leave it stock (remove_patch)",
-        )
-        return True
-    if got.data_ptr() == expected.data_ptr() and got.is_contiguous():
-        return True
-    return torch.equal(got.reshape(-1).to(expected.device), expected.reshape(-1))
 
 
 def _spell(facts: Facts) -> str:

@@ -43,6 +43,19 @@ def pair(name: str, **options: Any) -> tuple[Any, Any]:
     return apply_patch(copy.deepcopy(stock), **options), stock
 
 
+def on(device: str, model: Any) -> tuple[Any, dict[str, Any]]:
+    """The model there, and its inputs."""
+    return model.to(device), {key: value.to(device) for key, value in batch(model).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_stocks(name: str, device: str) -> None:
+    stock, inputs = on(device, tiny_classes.build(name))
+    fused = apply_patch(copy.deepcopy(stock))
+    assert_trains_like(fused, stock, inputs)
+    assert patch_report(fused).fused
+
+
 def expected_loss(model: Any, inputs: dict[str, Any], smoothing: float, z_loss: float) -> Tensor:
     logits = model(**inputs).logits.flatten(0, -2)
     labels = inputs["labels"].flatten()
@@ -248,22 +261,38 @@ def test_what_is_added_to_the_logits_is_seen(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "settings", "words"),
     [
-        ("FSMTForConditionalGeneration", "an embedding of tokens, which makes no logits"),
-        ("PerceiverForMaskedLM", "has no output embeddings"),
+        ("FSMTForConditionalGeneration", {}, "an embedding of tokens, which makes no logits"),
+        ("PerceiverForMaskedLM", {}, "has no output embeddings"),
+        # What it names is a layer below its logits.
+        ("DebertaV2ForMaskedLM", {"legacy": False}, "make 16 logits for 101 classes"),
     ],
 )
-def test_what_can_be_known_is_refused_by_the_patch(name: str, words: str) -> None:
-    model = tiny_classes.build(name)
+def test_what_can_be_known_is_refused_by_the_patch(
+    name: str, settings: dict[str, Any], words: str
+) -> None:
+    model = tiny_classes.build(name, **settings)
     with pytest.raises(UnsupportedModelError, match=words):
         apply_patch(model)
     assert words in patch_report(model).reason
 
 
-def test_a_head_that_is_not_called_is_refused_by_the_forward() -> None:
-    fused, stock = pair("MobileBertForMaskedLM")
-    with pytest.raises(UnsupportedModelError, match="made without a call of that module"):
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("MobileBertForMaskedLM", {}, "made without a call of that module"),
+        ("ReformerForMaskedLM", {"chunk_size_lm_head": 1}, "a hidden state for each label"),
+        ("ModernBertForMaskedLM", {"sparse_prediction": True}, "a hidden state for each label"),
+        ("ProphetNetForConditionalGeneration", {}, "a hidden state for each label"),
+    ],
+)
+def test_another_use_of_the_head_is_refused_by_the_forward(
+    name: str, settings: dict[str, Any], words: str
+) -> None:
+    stock = tiny_classes.build(name, **settings)
+    fused = apply_patch(copy.deepcopy(stock))
+    with pytest.raises(UnsupportedModelError, match=words):
         fused(**batch(stock))
     assert same_modules(fused, stock)
 
@@ -303,10 +332,11 @@ def test_a_module_of_torch_is_fused_between_graphs(name: str) -> None:
     assert patch_report(fused).fused
 
 
-def test_one_graph() -> None:
-    fused, stock = pair(DISTILBERT)
+def test_one_graph(device: str) -> None:
+    stock, inputs = on(device, tiny_classes.build(DISTILBERT))
+    fused = apply_patch(copy.deepcopy(stock))
     fused.compile(fullgraph=True)
-    assert_trains_like(fused, stock, batch(stock))
+    assert_trains_like(fused, stock, inputs)
     assert patch_report(fused).fused
 
 
