@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from hf_fused_head.autocast import as_linear_takes
+from hf_fused_head.candidates import candidate_products
 from hf_fused_head.distributed.vocab_parallel import group_name, report_failure
+from hf_fused_head.engines.protocol import Needs
 from hf_fused_head.objective import Wanted
 from hf_fused_head.ops import HeadArguments
 from hf_fused_head.options import Impl, LogProbOptions, accumulation_dtype, plain_number
 from hf_fused_head.planning.problem import budget_bytes
 from hf_fused_head.row_autograd import needs_of, row_stats
-from hf_fused_head.transforms import eager_in_transforms
-from hf_fused_head.validation import check_arguments, check_temperatures
+from hf_fused_head.transforms import eager_in_transforms, in_transform, is_exporting
+from hf_fused_head.validation import check_arguments, check_temperatures, has_candidates
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +79,9 @@ def token_log_probs(
         input: Final hidden states, [..., hidden], float16, bfloat16, float32 or float64.
         linear_weight: Head matrix, [vocab, hidden], dtype and device of `input`.
         target: Class ids, [...], int64, already shifted; `ignore_index` marks tokens that do not
-            count.
+            count. Or [..., K], K candidates a token: each has its own upstream gradient, one that
+            is `ignore_index` is 0, and a token counts if one of its candidates does. The backward
+            then holds a second gradient of the weight's size for a while.
         temperature: What the logits are divided by: a positive number, or one for each token,
             [...], which gets no gradient.
         outputs: The fields to fill.
@@ -131,7 +135,7 @@ def operand_log_probs(
 
     Args:
         operands: Pairs `(X_i [..., H_i], W_i [V, H_i])`; logits are the sum of `X_i @ W_i.T`.
-        target: Class ids, [...], int64.
+        target: Class ids, [...] or [..., K], int64.
         temperature: As in `token_log_probs`.
         outputs: The fields to fill.
         linear_bias: [V].
@@ -154,9 +158,11 @@ def operand_log_probs(
             *(None if isinstance(temperature, Tensor) else temperature, outputs),
             *(ignore_index, logit_scale, softcap),
         )
-        check_arguments(pairs, target, bias, None, None, memory_budget_mib, (), group != "")
+        several = has_candidates(target, pairs[0][0])
+        first = target[..., 0] if several else target
+        check_arguments(pairs, first, bias, None, None, memory_budget_mib, (), group != "")
         if isinstance(temperature, Tensor):
-            check_temperatures(temperature, target)
+            check_temperatures(temperature, first)
     except (TypeError, ValueError, NotImplementedError):
         # The targets may be what is wrong; the head's rows lie where the group works.
         report_failure(group, pairs[0][1].device)
@@ -167,8 +173,11 @@ def operand_log_probs(
     if isinstance(temperature, Tensor):
         dtype = accumulation_dtype(inputs[0].dtype)
         row_scale = temperature.detach().reshape(-1).to(dtype).reciprocal()
+    candidates = None
+    if several and target.shape[-1] > 1:
+        candidates = target.reshape(-1, target.shape[-1])
     head = HeadArguments(
-        *(inputs, [weight for _, weight in pairs], bias, None, row_scale, target),
+        *(inputs, [weight for _, weight in pairs], bias, None, row_scale, first),
         ignore_index=options.ignore_index,
         logit_scale=scale,
         softcap=cap,
@@ -179,22 +188,81 @@ def operand_log_probs(
         complete_hidden=complete_hidden,
         batch_invariant=True,
     )
-    asked = set(options.outputs)
+    shape = target.shape[:-1] if several else target.shape
+    fields = _fields(head, candidates, options.outputs)
+    of_targets = ("log_probs", "is_top1")
+    return TokenLogProbs(
+        **{
+            name: value.reshape(target.shape if name in of_targets else shape)
+            for name, value in fields.items()
+        }
+    )
+
+
+def _fields(
+    head: HeadArguments, candidates: Tensor | None, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The fields that are asked for, [T] each, or [T, K] of K candidates a token."""
     # The mean of the logits is the log-sum-exp less the mean of minus the log-probabilities.
     wanted = Wanted(
-        smooth="mean_logits" in asked,
-        entropy="entropy" in asked,
-        correct="is_top1" in asked,
-        log_sum_sq="log_sum_sq_probs" in asked,
+        smooth="mean_logits" in outputs,
+        entropy="entropy" in outputs,
+        correct="is_top1" in outputs,
+        log_sum_sq="log_sum_sq_probs" in outputs,
     )
-    rows = row_stats(head, wanted, needs_of(head))
-    fields = {
-        "log_probs": lambda: 0.0 - rows.nll,
+    needs = needs_of(head)
+    logits = None
+    if candidates is not None:
+        logits = _candidate_logits(head, candidates, needs)
+        labels = _likeliest(logits.detach(), candidates, head.ignore_index)
+        head = head._replace(labels=labels)
+    rows = row_stats(head, wanted, needs)
+
+    def log_probs() -> Tensor:
+        if candidates is None or logits is None:
+            return 0.0 - rows.nll
+        # The likeliest one, which may be nearly certain, keeps its digits.
+        others = logits - rows.lse[:, None]
+        found = torch.where(candidates == head.labels[:, None], -rows.nll[:, None], others)
+        return torch.where(candidates != head.ignore_index, found, 0.0)
+
+    def is_top1() -> Tensor:
+        if candidates is None:
+            return rows.correct
+        return rows.correct[:, None] & (candidates == head.labels[:, None])
+
+    made = {
+        "log_probs": log_probs,
         "entropy": lambda: rows.entropy,
-        "is_top1": lambda: rows.correct,
+        "is_top1": is_top1,
         "mean_logits": lambda: (rows.lse - rows.smooth).detach(),
         "log_sum_sq_probs": lambda: rows.log_sum_sq,
     }
-    return TokenLogProbs(
-        **{name: fields[name]().reshape(target.shape) for name in fields if name in asked}
-    )
+    return {name: make() for name, make in made.items() if name in outputs}
+
+
+def _candidate_logits(head: HeadArguments, candidates: Tensor, needs: Needs) -> Tensor:
+    """Logits of the candidates, [T, K], with their gradients."""
+    if needs.any() and (in_transform() or is_exporting()):
+        raise NotImplementedError(
+            "`target` must have one class a token in transforms of torch.func, in forward mode and "
+            "under torch.export with gradients, got candidates of shape "
+            f"{tuple(candidates.shape)}: use torch.autograd, or one call for each candidate"
+        )
+    logits = candidate_products(head._replace(labels=candidates, row_scale=None), needs)
+    logits = logits * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits if head.row_scale is None else logits * head.row_scale[:, None]
+
+
+def _likeliest(logits: Tensor, candidates: Tensor, ignore_index: int) -> Tensor:
+    """The candidate with the largest logit of every token, [T].
+
+    Of equal ones it is the first class; `ignore_index` where no candidate counts.
+    """
+    valid = candidates != ignore_index
+    known = logits.nan_to_num(nan=-torch.inf).masked_fill(~valid, -torch.inf)
+    largest = valid & (known == known.amax(dim=1, keepdim=True))
+    classes = torch.where(largest, candidates, torch.iinfo(candidates.dtype).max).amin(dim=1)
+    return torch.where(valid.any(dim=1), classes, ignore_index)

@@ -134,6 +134,18 @@ def check_memory_budget(memory_budget_mib: float | None) -> None:
         )
 
 
+def has_candidates(target: Tensor, hidden: Tensor) -> bool:
+    """Whether `target` is [..., K], with a last dimension of candidates."""
+    if target.dim() != hidden.dim() or target.dim() < 2:
+        return False
+    if target.shape[-1] == 0:
+        raise ValueError(
+            f"`target` must have at least one candidate a token, got shape {tuple(target.shape)}: "
+            "pass [...] for one class a token, or [..., K]"
+        )
+    return True
+
+
 def check_temperatures(temperature: Tensor, target: Tensor) -> None:
     """One positive number for each token; their values are read where that waits for no device."""
     if not temperature.is_floating_point():

@@ -191,6 +191,71 @@ def test_masked_columns(impl: str) -> None:
     assert torch.equal(found.mean_logits, torch.full_like(found.mean_logits, -torch.inf))
 
 
+def candidates_of(problem: Problem, count: int) -> Tensor:
+    """Classes of every token: repeated ones, ignored ones, and a token with none that counts."""
+    source = generator(7)
+    candidates = torch.randint(0, problem.vocab_size, (*problem.shape, count), generator=source)
+    ignored = problem.options.get("ignore_index", -100)
+    flat = candidates.view(-1, count)
+    flat[0] = problem.tensors(torch.float32)["target"].flatten()[0].clamp_min(0)
+    flat[1, 0], flat[2, -1] = ignored, ignored
+    flat[3] = ignored
+    return candidates
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["plain", "no_bias", "own_temperatures_capped", "confident"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64], ids=str)
+def test_candidates(impl: str, name: str, count: int, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and impl in TRITON:
+        pytest.skip("the Triton kernels take no float64")
+    problem = PROBLEMS[name]
+    check(problem, impl, dtype, target=candidates_of(problem, count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates_in_pieces(dtype: torch.dtype) -> None:
+    problem = PROBLEMS["large"]
+    check(problem, "torch", dtype, SMALLEST_MIB, target=candidates_of(problem, 5))
+
+
+@pytest.mark.parametrize("impl", BIT_EQUAL)
+def test_candidates_have_the_same_bits_in_every_batch(impl: str) -> None:
+    problem = Problem((45,), 40, 70, ignored=0)
+    tensors = {**problem.tensors(torch.float32), "target": candidates_of(problem, 3)}
+    whole = ours(tensors, {}, impl)
+    leaf = {**tensors, "hidden": tensors["hidden"].clone().requires_grad_()}
+    assert_same(ours(leaf, {}, impl), whole)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 36)):
+        part = {name: tensors[name][rows] for name in ("hidden", "target")}
+        assert_same(ours({**tensors, **part}, {}, impl), [field[rows] for field in whole])
+
+
+def test_candidates_compiled_and_refused() -> None:
+    problem = Problem()
+    tensors = {**exact(problem.tensors(torch.float32)), "target": candidates_of(problem, 3)}
+
+    def loss(hidden: Tensor) -> Tensor:
+        fields = ours({**tensors, "hidden": hidden}, {}, "torch", outputs=("log_probs",))
+        return fields.log_probs.square().sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = tensors["hidden"].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf), leaf)
+        grads.append(grad)
+    assert_close_as_torch("hidden", grads[1], grads[0], grads[0].double())
+    with pytest.raises(NotImplementedError, match="one class a token in transforms"):
+        torch.func.grad(loss)(tensors["hidden"])
+    leaf = tensors["hidden"].clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="must be differentiated once"):
+        torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    none = {**tensors, "target": tensors["target"][..., :0]}
+    with pytest.raises(ValueError, match="at least one candidate"):
+        ours(none, {}, "torch")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_second_backward_is_the_first(impl: str) -> None:
     tensors = PROBLEMS["plain"].tensors(torch.float32)

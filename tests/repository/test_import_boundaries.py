@@ -53,7 +53,10 @@ ALLOWED: dict[str, set[str]] = {
     "functional": LEAVES
     | PLANNING
     | {"ops", "flops", "autograd", "row_autograd", "objective", "validation"},
-    "log_probs": LEAVES | PLANNING | {"ops", "row_autograd", "objective", "validation"},
+    "candidates": LEAVES | {"autograd", "ops", "engines.protocol"},
+    "log_probs": LEAVES
+    | PLANNING
+    | {"candidates", "ops", "row_autograd", "objective", "validation", "engines.protocol"},
     "divergence": LEAVES
     | PLANNING
     | {"autograd", "kl_objective", "run_record", "validation", "engines.protocol"}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from oracle import assert_close_as_torch, farthest
+from places import generator
 from plain_head import NAMES, Problem, exact, widened
 from plain_token_log_probs import ours, plain, upstreams, with_gradients
 from ranks import refused, run_cases
@@ -33,9 +34,13 @@ def shard_of(tensors: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
     return {name: t[rows] if name in NAMES[1:] else t for name, t in tensors.items()}
 
 
-def a_shard_is_the_whole(impl: str, name: str) -> None:
+def a_shard_is_the_whole(impl: str, name: str, candidates: int = 0) -> None:
     problem = PROBLEMS[name]
     tensors = exact(problem.tensors(torch.float32))
+    if candidates:
+        shape = (*problem.shape, candidates)
+        tensors["target"] = torch.randint(-1, problem.vocab_size, shape, generator=generator(7))
+        tensors["target"][tensors["target"] < 0] = -100
     upstream = upstreams(tensors, torch.float32)
     options: dict[str, Any] = problem.options
     stock = [

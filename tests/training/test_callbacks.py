@@ -91,7 +91,7 @@ def test_speed_is_tokens_over_the_time_of_steps(kind: type[Trainer], tmp_path: P
 
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
-            time.sleep(1.0)
+            time.sleep(3.0)
 
         def on_substep_end(self, args, state, control, **kwargs):
             time.sleep(0.05)
@@ -101,8 +101,8 @@ def test_speed_is_tokens_over_the_time_of_steps(kind: type[Trainer], tmp_path: P
     assert len(logs) == 2 and all("tokens_per_second" in entry for entry in logs)
     seen = [entry["tokens_per_second"] for entry in late.seen if "loss" in entry]
     assert seen == [entry["tokens_per_second"] for entry in logs]
-    # The evaluation before the second window took a second, in which its tokens were not read.
-    assert logs[1]["tokens_per_second"] > 2 * 4 * SEQ
+    # The evaluation before the second window took three seconds, which are not counted.
+    assert logs[1]["tokens_per_second"] > 2 * 4 * SEQ / 3
     assert ("peak_memory_mib" in logs[0]) == torch.cuda.is_available()
 
 
