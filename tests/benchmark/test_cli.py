@@ -77,6 +77,7 @@ def test_bench_shows_a_saved_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_bench_names_a_missing_contender(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no word of a cell on a line of its own
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
     assert run("bench", "smoke", "-c", "quack,trl", "--repeats", 1) == 0
     assert capsys.readouterr().out.count("not installed") >= 2
@@ -255,9 +256,12 @@ def test_plan_takes_every_kind_of_causal_model(
     assert str(folder) in capsys.readouterr().out.replace("\n", "")
 
 
-def test_models_prints_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_prints_every_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hf_fused_head import supported_models
 
+    monkeypatch.setenv("COLUMNS", "200")  # no word of a cell on a line of its own
     file = tmp_path / "models.json"
     assert run("models", "--json", file) == 0
     shown = capsys.readouterr().out
