@@ -34,7 +34,8 @@ class TokenLogProbs(NamedTuple):
         log_probs: Shape of `target`, `z[target] - logsumexp(z)`; differentiable.
         entropy: [...], `-sum(p * log p)` in nats; differentiable.
         is_top1: Shape of `target`, bool, whether the target has the largest logit; of equal ones
-            the first is the largest (by the kernel of Hopper cards all of 128 neighbours are).
+            the first is the largest; the kernel of Hopper cards tells equal ones within a tile of
+            128 classes not apart, and all of them are.
         mean_logits: [...], mean of z over the vocabulary.
         log_sum_sq_probs: [...], `log(sum(p**2))`.
     """
@@ -73,7 +74,8 @@ def token_log_probs(
     Each field takes any upstream gradient. With "torch" and "triton" a log-probability is the same
     bit for bit with and without gradients, and whatever other tokens there are: the importance
     ratio of a policy to itself is exactly 1. The backward makes the logits again. Peak extra memory
-    is `memory_budget_mib` plus O(tokens). First derivatives in reverse and forward mode.
+    is `memory_budget_mib` plus O(tokens). First derivatives in reverse mode, and for one class a
+    token in forward mode and under `torch.func` too.
 
     Args:
         input: Final hidden states, [..., hidden], float16, bfloat16, float32 or float64.
@@ -96,7 +98,8 @@ def token_log_probs(
     Raises:
         ValueError: If shapes disagree, an option is out of range or a target is no class.
         TypeError: If dtypes are wrong.
-        NotImplementedError: As `linear_cross_entropy`.
+        NotImplementedError: As `linear_cross_entropy`; for candidates in forward mode, under
+            `torch.func` and, with gradients, under `torch.export`.
         RuntimeError: If the ranks of `process_group` do not mean the same, or another one has
             raised one of the above.
     """

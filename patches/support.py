@@ -154,7 +154,7 @@ def _spell_shift(family: Family | None) -> str:
 
 
 def spell_shift(own_loss: str) -> str:
-    """How labels that are not shifted are told of.
+    """What the support table says of labels that are not shifted.
 
     Args:
         own_loss: What the forward calls itself, "" where it uses `self.loss_function`.

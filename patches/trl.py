@@ -3,7 +3,7 @@
 `add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)` puts a function
 `_fused_forward` on the model. Its trainers call `model(..., labels=labels, fused_lm_head=True)`, or
 `shift_labels`, and get a `FusedCausalLMOutput` with a value per token. A patched model returns the
-same output without TRL's projection: the function is told by its code, what it was made with is
+same output without TRL's projection: the function is known by its code, what it was made with is
 read from its closure, and the stock forward runs through it with `fused_lm_head=False`.
 """
 

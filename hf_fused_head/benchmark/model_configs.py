@@ -12,7 +12,7 @@ _LLAMA_3_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-_LLAMA_3_1B = {
+LLAMA_3_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_hidden_layers": 16,
@@ -101,7 +101,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-8b-512": ("llama", _LLAMA_3_8B),
     "llama3-8b-32k": ("llama", _LLAMA_3_8B),
     "llama3-8b-128k": ("llama", _LLAMA_3_8B),
-    "llama3.2-1b-2k": ("llama", _LLAMA_3_1B),
+    "llama3.2-1b-2k": ("llama", LLAMA_3_1B),
     "qwen3-8b": ("qwen3", _QWEN_3_8B),
     "qwen3-0.6b": ("qwen3", _QWEN_3_600M),
     "qwen2.5-0.5b-1k": ("qwen2", _QWEN_2_500M),

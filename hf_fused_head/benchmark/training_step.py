@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_fused_head.benchmark import contenders, measure
+from hf_fused_head.benchmark.model_configs import LLAMA_3_1B
 from hf_fused_head.benchmark.ranks import Ranks
 from hf_fused_head.benchmark.suite import Guard, Record, clear
 from hf_fused_head.benchmark.workloads import zipf_labels
@@ -45,16 +46,7 @@ class TrainedModel:
     config: dict[str, Any]
 
 
-_LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
+_LLAMA_1B = {**LLAMA_3_1B, "max_position_embeddings": 131072}
 _SMOKE = {
     "hidden_size": 32,
     "intermediate_size": 48,

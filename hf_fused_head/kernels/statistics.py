@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +22,7 @@ _OVERFLOW = tl.constexpr(OVERFLOW)
 # Squares are added in units of exp of twice this: those of a row's largest terms, up to 44 nats
 # above the anchor, stay in float32's range; what leaves it below is nothing beside the label's.
 _SQUARES_LEVEL = tl.constexpr(22.0)
-_SQUARES_SCALE = tl.constexpr(1.2851600114359308e19)
+_SQUARES_SCALE = tl.constexpr(math.exp(2 * 22.0))
 NO_WEIGHTS = RowWeights(None, None, None)
 
 

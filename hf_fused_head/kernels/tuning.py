@@ -63,7 +63,7 @@ PORTABLE_HIP = TileConfig(128, 128, 32, 8, 8, 2)
 # float32 products run on the plain arithmetic units, where a larger tile spills registers.
 FLOAT32 = TileConfig(64, 64, 16, 8, 4, 2)
 # Any card, the product by the vendor's library. On one H200 the fastest of nine blocks at hidden
-# sizes 1024 and 4096 in one run, by up to 5 %, and equal to its neighbours within the noise in
+# sizes 1024 and 4096 in one run, by up to 5 %, and equal to the next sizes within the noise in
 # another; products of 2048 rows took as long, of 8192 up to 11 % longer.
 LIBRARY = TileConfig(1, 2048, 0, 0, 4, 1, product_rows=4096)
 # The interpreter's time grows with a tile's elements, and small tiles give small tests edges.

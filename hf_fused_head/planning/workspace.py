@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from hf_fused_head.planning.problem import Problem
 
-# Row sums of the "triton" engine: float32, one for each tile of this many columns, up to four
-# kinds. It makes the statistics of fewer rows at once rather than hold more than this.
+# Row sums of the "triton" engine: float32, one for each tile of this many columns, up to four kinds
+# for a loss and a fifth, of squares, for log-probabilities. It makes the statistics of fewer rows
+# at once rather than hold more than this.
 _SUM_COLUMNS = 128
 _SUM_KINDS = 4
 _SUM_BYTES = 4 * _SUM_KINDS
